@@ -1,0 +1,1 @@
+"""Recurrent networks, written as equations, trained through time, seen through time."""

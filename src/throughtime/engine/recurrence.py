@@ -1,0 +1,156 @@
+"""What torch sees: one differentiable operation, `run`. It picks a target and can say which and why."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from throughtime.engine.problem import Problem, Result
+from throughtime.engine.targets import reference, stepwise
+from throughtime.equations.cell import Cell
+from throughtime.errors import TargetError
+
+TARGETS: dict[str, ModuleType] = {"stepwise": stepwise}
+"""Targets with derived adjoints, the one to prefer first. The reference stands apart: autograd differentiates it."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Which target runs a problem, and why."""
+
+    target: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.target}: {self.reason}"
+
+
+@dataclass
+class Record:
+    """One recurrence as it ran on the reference: its states after each computed step, part of the autograd graph.
+
+    `states` is in the order of computation, so from each row's last step when `reverse`; rows are the caller's.
+    """
+
+    cell: Cell
+    reverse: bool
+    lengths: tuple[int, ...] | None
+    states: list[tuple[Tensor, ...]] = field(default_factory=list)
+
+
+_records: ContextVar[list[Record] | None] = ContextVar("records", default=None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Record]]:
+    """Inside, every recurrence runs on the reference loop and leaves a `Record` in the list, layer by layer."""
+    records: list[Record] = []
+    token = _records.set(records)
+    try:
+        yield records
+    finally:
+        _records.reset(token)
+
+
+def choose(problem: Problem, target: str | None = None) -> Choice:
+    """The target that would run this problem now; raises TargetError if the one asked for cannot."""
+    if _records.get() is not None:
+        return Choice("reference", "a recording of the states is under way")
+    asked, asker = (
+        (target, "the argument target=") if target else (os.environ.get("THROUGHTIME_TARGET"), "THROUGHTIME_TARGET")
+    )
+    if asked and asked != "auto":
+        if asked != "reference" and asked not in TARGETS:
+            known = ", ".join([*TARGETS, "reference", "auto"])
+            raise TargetError(f"{asker} asks for {asked!r}; the targets are {known}")
+        if asked != "reference" and (reason := _beyond_adjoints() or TARGETS[asked].refusal(problem)):
+            raise TargetError(f"{asker} asks for {asked!r}, which cannot run this: {reason}")
+        return Choice(asked, f"{asker} asks for it")
+    if reason := _beyond_adjoints():
+        return Choice("reference", reason)
+    passed: list[str] = []
+    for name, module in TARGETS.items():
+        reason = module.refusal(problem)
+        if reason is None:
+            return Choice(name, "; ".join(passed) or "the fastest of the targets that can run this")
+        passed.append(f"not {name}, because {reason}")
+    return Choice("reference", "; ".join(passed))
+
+
+def _beyond_adjoints() -> str | None:
+    """Why first-order adjoints will not do: a functorch transform or a forward-mode level is active."""
+    if torch._C._functorch.maybe_current_level() is not None:
+        return "a torch.func transform is active, and the reference can be differentiated in every way"
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation is active, and the reference carries tangents"
+    return None
+
+
+def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Run a recurrence over time and return its outputs [T, B, width] and the states [B, width] at each row's end.
+
+    Differentiable once through the derived adjoint equations and, with `create_graph`, any number of times through the
+    reference. Outputs past a row's end are zero.
+    """
+    choice = choose(problem, target)
+    if choice.target == "reference":
+        return _run_reference(problem)
+    output, *states = _Recurrence.apply(problem, TARGETS[choice.target], *problem.tensors)
+    return output, tuple(states)
+
+
+def _run_reference(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
+    records = _records.get()
+    history: list[tuple[Tensor, ...]] | None = None
+    if records is not None:
+        record = Record(problem.cell, problem.reverse, problem.lengths)
+        records.append(record)
+        history = record.states
+    result = reference.forward(problem, history)
+    return result.output, result.states
+
+
+class _Recurrence(torch.autograd.Function):
+    """The recurrence with the cell's derived adjoints as its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, problem: Problem, target: ModuleType, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = target.forward(problem, save=any(ctx.needs_input_grad))
+        ctx.problem, ctx.target = problem, target
+        ctx.save_for_backward(*tensors, result.output, *result.states, *result.workspace)
+        return result.output, *result.states
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        count, states = len(ctx.problem.tensors), len(ctx.problem.states)
+        problem = ctx.problem.with_tensors(saved[:count])
+        needs = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():
+            return None, None, *_through_reference(problem, (d_output, *d_states), needs)
+        result = Result(saved[count], saved[count + 1 : count + 1 + states], saved[count + 1 + states :])
+        return None, None, *ctx.target.backward(problem, result, d_output, d_states, needs)
+
+
+def _through_reference(
+    problem: Problem, d_outputs: Sequence[Tensor], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """A backward pass that can itself be differentiated (create_graph=True): autograd through the reference loop."""
+    wanted = [tensor for tensor, need in zip(problem.tensors, needs, strict=True) if need]
+    result = reference.forward(problem)
+    outputs = [(o, d) for o, d in zip((result.output, *result.states), d_outputs, strict=True) if o.requires_grad]
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if need else None for need in needs)

@@ -1,0 +1,1 @@
+"""One file per target; each offers `refusal`, `forward` and `backward` (see engine/recurrence.py)."""

@@ -1,0 +1,566 @@
+"""`@cell`: trace a Python function that reads like the blackboard into a graph, name its products, check it.
+
+A `Cell` is data: expressions, names and nothing else. It serialises to JSON and back, and its content hash is what
+caches, run folders and the registered operator know it by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import linecache
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from types import CodeType
+from typing import Any
+
+from throughtime.equations import expr
+from throughtime.equations.expr import Node, make
+from throughtime.errors import CellError
+
+FORMAT = "throughtime-cell-1"
+
+MATRICES = {"W": "weight_ih", "U": "weight_hh", "P": "weight_hr"}
+"""Namespaces of products, with the names of their parameters: times x, times a state, projection of computed values."""
+
+VECTORS = {"b": "bias_ih", "c": "bias_hh", "d": "bias_hh", "p": "weight_p"}
+"""Namespaces of one value per unit. `d` stands for `c` in a cell that has a state called c."""
+
+NAMESPACES = MATRICES | VECTORS
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One tensor of a cell: its namespace, its torch name, and the gates whose blocks it stacks, in order."""
+
+    namespace: str
+    name: str
+    gates: tuple[str, ...]
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether it is multiplied by @ (two dimensions), or a vector of one value per unit."""
+        return self.namespace in MATRICES
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """A recurrent cell as data: the next state as expressions over the input, the states and the parameters.
+
+    `next[i]` is the next value of `states[i]`; `output` says which state the layer shows. `widths[i]` is "hidden" or
+    "projected". `names` maps the author's variable names to nodes, for printing only; it is not part of the identity.
+    """
+
+    name: str
+    states: tuple[str, ...]
+    next: tuple[Node, ...]
+    gates: tuple[str, ...]
+    output: int = 0
+    per_step: tuple[str, ...] = ()
+    per_sequence: tuple[str, ...] = ()
+    names: Mapping[str, Node] = field(default_factory=dict)
+    about: str = ""
+    retrace: Callable[..., Cell] | None = field(default=None, repr=False)
+
+    def __call__(self, **constants: Any) -> Cell:
+        """The same equations with other constants, such as `Elman(activation=relu)`."""
+        if self.retrace is None:
+            raise CellError(f"{self.name} was loaded as data; its constants are fixed")
+        return self.retrace(**constants)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cell) and self.hash == other.hash
+
+    def __hash__(self) -> int:
+        return hash(self.hash)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Cell.from_json, (self.to_json(),)
+
+    @cached_property
+    def nodes(self) -> list[Node]:
+        """Every node of the graph, arguments before what uses them."""
+        return expr.postorder(self.next)
+
+    @cached_property
+    def products(self) -> tuple[Node, ...]:
+        """The products matrix @ operand, in order of namespace and gate."""
+        place = {gate: i for i, gate in enumerate(self.gates)}
+        found = [node for node in self.nodes if node.op == "product"]
+        return tuple(sorted(found, key=lambda n: (list(MATRICES).index(n.data[0]), place[n.data[1]])))
+
+    @cached_property
+    def parameters(self) -> tuple[Parameter, ...]:
+        """The parameter tensors in torch's order; gates that a namespace does not use have no block in it."""
+        used = {node.data for node in self.nodes if node.op in ("product", "parameter")}
+        found = []
+        for namespace, name in NAMESPACES.items():
+            gates = tuple(gate for gate in self.gates if (namespace, gate) in used)
+            if gates:
+                found.append(Parameter(namespace, name, gates))
+        order = ["weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_p"]
+        return tuple(sorted(found, key=lambda parameter: order.index(parameter.name)))
+
+    @cached_property
+    def width_of(self) -> dict[Node, str]:
+        """The width of each unit-wise node: "hidden" or "projected"; nodes of any width are left out."""
+        return _widths(self.states, self.next, {})
+
+    @cached_property
+    def widths(self) -> tuple[str, ...]:
+        """The width of each state, "hidden" or "projected"."""
+        return tuple(self.width_of.get(node, "hidden") for node in self.next)
+
+    @cached_property
+    def needs_equal_sizes(self) -> bool:
+        """Whether x is used unit by unit, so that input and hidden size must agree."""
+        unitwise = {arg for node in self.nodes if node.op in expr.OPS for arg in node.args} | set(self.next)
+        return any(node.op == "input" for node in unitwise)
+
+    @property
+    def outside(self) -> tuple[str, ...]:
+        """The names of outside inputs, per step and then per sequence."""
+        return self.per_step + self.per_sequence
+
+    def sizes(self, hidden_size: int, proj_size: int = 0) -> tuple[int, ...]:
+        """The width of each state in units."""
+        return tuple(proj_size if width == "projected" else hidden_size for width in self.widths)
+
+    def shape(self, parameter: Parameter, input_size: int, hidden_size: int, proj_size: int = 0) -> tuple[int, ...]:
+        """The shape of a parameter tensor: [gates * rows, columns], or [gates * hidden_size] for a vector."""
+        rows = len(parameter.gates) * (proj_size if parameter.namespace == "P" else hidden_size)
+        if not parameter.is_matrix:
+            return (rows,)
+        if parameter.namespace == "W":
+            return rows, input_size
+        operand = next(node.args[0] for node in self.products if node.data[0] == parameter.namespace)
+        projected = self.width_of.get(operand, "hidden") == "projected"
+        return rows, proj_size if projected else hidden_size
+
+    def parameter_count(self, input_size: int, hidden_size: int, proj_size: int = 0) -> int:
+        """How many numbers the cell learns at these sizes."""
+        count = 0
+        for parameter in self.parameters:
+            size = 1
+            for extent in self.shape(parameter, input_size, hidden_size, proj_size):
+                size *= extent
+            count += size
+        return count
+
+    # -- as data ------------------------------------------------------------------------------------------------------
+
+    def _graph(self) -> dict[str, Any]:
+        number = {node: i for i, node in enumerate(self.nodes)}
+        return {
+            "states": list(self.states),
+            "output": self.output,
+            "gates": list(self.gates),
+            "per_step": list(self.per_step),
+            "per_sequence": list(self.per_sequence),
+            "nodes": [
+                [node.op, [number[arg] for arg in node.args], [_written(part) for part in node.data]]
+                for node in self.nodes
+            ],
+            "next": [number[node] for node in self.next],
+        }
+
+    @cached_property
+    def hash(self) -> str:
+        """SHA-256 of the graph: the same for the same mathematics written in the same order, whatever its names."""
+        text = json.dumps(self._graph(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The cell as text, for run folders and caches; `Cell.from_json` reads it back without running any code."""
+        number = {node: i for i, node in enumerate(self.nodes)}
+        names = {name: number[node] for name, node in self.names.items() if node in number}
+        record = {"format": FORMAT, "name": self.name, "about": self.about, "names": names, **self._graph()}
+        return json.dumps(record, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Cell:
+        """Read a cell that `to_json` wrote. Raises CellError for anything else; executes nothing."""
+        try:
+            record = json.loads(text)
+            if record["format"] != FORMAT:
+                raise CellError(f"the cell's format is {record['format']!r}, this version reads {FORMAT!r}")
+            return _read(record)
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+            if isinstance(error, CellError):
+                raise
+            raise CellError(f"this is not a cell's JSON ({type(error).__name__}: {error})") from error
+
+
+def _written(part: Any) -> Any:
+    return part.hex() if isinstance(part, float) else part
+
+
+def _read(record: dict[str, Any]) -> Cell:
+    gates = tuple(record["gates"])
+    states = tuple(record["states"])
+    outside = {*record["per_step"], *record["per_sequence"]}
+    nodes: list[Node] = []
+    for place, (op, args, data) in enumerate(record["nodes"]):
+        if any(not isinstance(i, int) or not 0 <= i < place for i in args):
+            raise CellError(f"node {place} of the cell's JSON refers to a node that does not come before it")
+        operands = tuple(nodes[i] for i in args)
+        if op in expr.OPS:
+            nodes.append(expr.apply(op, *operands))
+            continue
+        known = {
+            "const": len(data) == 1 and isinstance(data[0], str) and not args,
+            "input": not data and not args,
+            "state": len(data) == 1 and data[0] in states and not args,
+            "outside": len(data) == 1 and data[0] in outside and not args,
+            "parameter": len(data) == 2 and data[0] in VECTORS and data[1] in gates and not args,
+            "product": len(data) == 2 and data[0] in MATRICES and data[1] in gates and len(args) == 1,
+        }
+        if not known.get(op, False):
+            raise CellError(f"node {place} of the cell's JSON is {op!r} {data!r}, which no cell contains")
+        nodes.append(make(op, operands, (float.fromhex(data[0]),) if op == "const" else tuple(data)))
+    if not 0 <= record["output"] < len(states) or len(record["next"]) != len(states):
+        raise CellError("the cell's JSON names an output or a next state that it does not have")
+    cell = Cell(
+        name=str(record["name"]),
+        about=str(record["about"]),
+        states=states,
+        next=tuple(nodes[i] for i in record["next"]),
+        gates=gates,
+        output=record["output"],
+        per_step=tuple(record["per_step"]),
+        per_sequence=tuple(record["per_sequence"]),
+        names={str(name): nodes[i] for name, i in record["names"].items()},
+    )
+    _widths(cell.states, cell.next, {})
+    return cell
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tracing
+
+
+class Matrix(expr.Placeholder):
+    """`W.r` while a cell is traced: a block of a weight matrix, waiting for its operand."""
+
+    def __init__(self, namespace: str, gate: str) -> None:
+        self.namespace, self.gate = namespace, gate
+
+    def __matmul__(self, operand: Any) -> Node:
+        label = f"{self.namespace}.{self.gate}" if self.gate else self.namespace
+        operand = expr.as_node(operand)
+        if operand.is_condition:
+            raise CellError(f"{label} @ a comparison: write {label} @ where(a < b, 1.0, 0.0)")
+        if operand.op in ("const", "parameter"):
+            raise CellError(f"{label} @ a constant of the step is a bias in disguise; write b.{self.gate or 'gate'}")
+        if self.namespace == "W" and operand.op != "input":
+            raise CellError(
+                f"{label} multiplies the input x and nothing else; write U for a state or a value of this step, and "
+                "scale or mask x before the layer"
+            )
+        if self.namespace != "W" and operand.op == "input":
+            raise CellError(f"{label} multiplies states and values of this step; for the input x write W")
+        return make("product", (operand,), (self.namespace, self.gate))
+
+    def as_node(self) -> Node:
+        """A matrix alone is no value."""
+        raise CellError(
+            f"{self.namespace}.{self.gate} is a matrix; it only multiplies, with @, as in W.r @ x or U.r @ h"
+        )
+
+
+class Namespace(expr.Placeholder):
+    """`W`, `U`, `P`, `b`, `c`, `d` or `p` while a cell is traced: its attributes are the gates."""
+
+    def __init__(self, letter: str) -> None:
+        self._letter = letter
+
+    def __getattr__(self, gate: str) -> Any:
+        if gate.startswith("_"):
+            raise CellError(f"{gate!r} cannot name a gate; a gate's name begins with a letter")
+        return self._leaf(gate)
+
+    def _leaf(self, gate: str) -> Any:
+        return Matrix(self._letter, gate) if self._letter in MATRICES else make("parameter", (), (self._letter, gate))
+
+    def __matmul__(self, operand: Any) -> Node:
+        if self._letter not in MATRICES:
+            raise CellError(f"{self._letter} holds one value per unit; it is added or multiplied by *, not by @")
+        product: Node = self._leaf("") @ operand
+        return product
+
+    def as_node(self) -> Node:
+        """The vector of a cell with a single gate, written without one (`b` instead of `b.n`)."""
+        if self._letter in MATRICES:
+            raise CellError(f"{self._letter} is a matrix; it only multiplies, with @, as in W.r @ x or U.r @ h")
+        vector: Node = self._leaf("")
+        return vector
+
+
+def cell(
+    function: Callable[..., Any] | None = None,
+    *,
+    states: str,
+    output: str | None = None,
+    per_step: str = "",
+    per_sequence: str = "",
+    name: str | None = None,
+) -> Any:
+    """Turn a function of equations into a `Cell`.
+
+    The function's arguments are x, the states in order, the outside inputs named by `per_step` and `per_sequence`, and
+    the namespaces it uses among W, U, P (matrices), b, c, p (vectors; `d` for `c` where a state has that name).
+    Keyword-only arguments are constants. It returns the next states in order. `states="h c"` names the states;
+    `output` is the one that the layer shows, by default the first.
+
+    Raises CellError, naming the line, the reason and the way out, for whatever a cell cannot say.
+    """
+
+    def decorate(fn: Callable[..., Any]) -> Cell:
+        def retrace(**constants: Any) -> Cell:
+            wanted = {"states": states, "output": output, "per_step": per_step, "per_sequence": per_sequence}
+            return _trace(fn, name or fn.__name__, wanted, constants, retrace)
+
+        return retrace()
+
+    return decorate if function is None else decorate(function)
+
+
+def _trace(
+    fn: Callable[..., Any],
+    name: str,
+    wanted: dict[str, Any],
+    constants: dict[str, Any],
+    retrace: Callable[..., Cell],
+) -> Cell:
+    states = tuple(wanted["states"].split())
+    per_step, per_sequence = tuple(wanted["per_step"].split()), tuple(wanted["per_sequence"].split())
+    arguments = _arguments(fn, states, per_step + per_sequence, constants)
+    gates: dict[str, None] = {}
+    gated: set[str] = set()
+    lines: dict[Node, int] = {}
+
+    def watch(node: Node) -> None:
+        if node.op in ("product", "parameter"):
+            gates.setdefault(node.data[1])
+            if node.data[0] != "P":  # a projection is not a gate and needs no name
+                gated.add(node.data[1])
+        if node not in lines and (line := _line_in(fn.__code__)) is not None:
+            lines[node] = line
+
+    with _refusals_located(fn), _observed(watch), _locals_of(fn.__code__) as variables:
+        returned = fn(*arguments, **constants)
+
+    def check(holds: bool, reason: str, node: Node | None = None) -> None:
+        if not holds:
+            raise CellError(_located(fn, reason, lines.get(node) if node is not None else None))
+
+    results = returned if isinstance(returned, tuple) else (returned,)
+    plural = "state" if len(states) == 1 else "states"
+    check(
+        len(results) == len(states),
+        f"the cell has {len(states)} {plural} ({', '.join(states)}) but returns {len(results)} values; return the next "
+        "value of each state, in their order",
+    )
+    for state, result in zip(states, results, strict=True):
+        check(
+            isinstance(result, Node),
+            f"the next value of {state} is {type(result).__name__}, not an expression; return a value computed from "
+            "x, the states and the parameters",
+        )
+        check(
+            not result.is_condition,
+            f"the next value of {state} is a comparison; write where(a < b, 1.0, 0.0)",
+        )
+    output = wanted["output"] or states[0]
+    check(output in states, f"output={output!r} is no state; the states are {', '.join(states)}")
+    check(
+        "" not in gated or len(gated) == 1,
+        f"{', '.join(sorted(gated - {''}))}: some products and biases name a gate and some do not; name the "
+        "gate everywhere (W.n @ x, b.n), or nowhere",
+    )
+    try:
+        _widths(states, results, lines)
+    except _WidthError as error:
+        raise CellError(_located(fn, str(error), error.line)) from None
+    reachable = set(expr.postorder(results))
+    used = {n.data[1] for n in reachable if n.op in ("product", "parameter")}
+    return Cell(
+        name=name,
+        states=states,
+        next=results,
+        gates=tuple(gate for gate in gates if gate in used),
+        output=states.index(output),
+        per_step=per_step,
+        per_sequence=per_sequence,
+        names=_named(variables, reachable, states),
+        about=inspect.getdoc(fn) or "",
+        retrace=retrace,
+    )
+
+
+def _arguments(
+    fn: Callable[..., Any], states: tuple[str, ...], outside: tuple[str, ...], constants: dict[str, Any]
+) -> list[Any]:
+    """What each positional argument of the function stands for."""
+
+    def refuse(reason: str) -> None:
+        raise CellError(_located(fn, reason, None))
+
+    if not states or len(set(states)) != len(states):
+        refuse('states= must name each state once, such as states="h" or states="h c"')
+    kinds = inspect.signature(fn).parameters
+    positional = [p.name for p in kinds.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds.values()):
+        refuse("*args and **kwargs hide what the cell depends on; name the arguments: x, the states, W, U, b, ...")
+    lead = ["x", *states]
+    if positional[: len(lead)] != lead:
+        refuse(
+            f"the arguments must begin with {', '.join(lead)}; this function's are {', '.join(positional) or 'none'}"
+        )
+    constant_names = {p.name for p in kinds.values() if p.kind is p.KEYWORD_ONLY}
+    if unknown := set(constants) - constant_names:
+        refuse(f"{', '.join(sorted(unknown))} is no constant of this cell; constants are keyword-only arguments")
+    values: list[Any] = [make("input"), *(make("state", (), (state,)) for state in states)]
+    for argument in positional[len(lead) :]:
+        if argument in outside:
+            values.append(make("outside", (), (argument,)))
+        elif argument in NAMESPACES:
+            values.append(Namespace(argument))
+        else:
+            refuse(
+                f"argument {argument!r} is neither a state, an outside input (per_step=, per_sequence=) nor one of the "
+                "namespaces W, U, P, b, c, d, p; make a constant keyword-only (after a bare *)"
+            )
+    if missing := set(outside) - set(positional):
+        refuse(f"the outside input {', '.join(sorted(missing))} is not among the function's arguments")
+    if "c" in positional[len(lead) :] and "d" in positional[len(lead) :]:
+        refuse("c and d are two names of one bias; use c, or d where a state is called c")
+    return values
+
+
+def _named(variables: dict[str, Any], reachable: set[Node], states: tuple[str, ...]) -> dict[str, Node]:
+    """The author's variables that name an operation or a product, each node once."""
+    names: dict[str, Node] = {}
+    taken: set[Node] = set()
+    for name, value in variables.items():
+        if not isinstance(value, Node) or value not in reachable or value in taken or name in states:
+            continue
+        if value.op in expr.OPS or value.op == "product":
+            names[name] = value
+            taken.add(value)
+    return names
+
+
+@contextmanager
+def _observed(watch: Callable[[Node], None]) -> Iterator[None]:
+    token = expr.observer.set(watch)
+    try:
+        yield
+    finally:
+        expr.observer.reset(token)
+
+
+@contextmanager
+def _locals_of(code: CodeType) -> Iterator[dict[str, Any]]:
+    """The function's variables as they stood when it returned, so that equations print under the author's names."""
+    variables: dict[str, Any] = {}
+    before = sys.getprofile()
+
+    def profile(frame: Any, event: str, argument: Any) -> None:
+        if event == "return" and frame.f_code is code:
+            variables.update(frame.f_locals)
+
+    sys.setprofile(profile)
+    try:
+        yield variables
+    finally:
+        sys.setprofile(before)
+
+
+def _line_in(code: CodeType) -> int | None:
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is code:
+            return frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+@contextmanager
+def _refusals_located(fn: Callable[..., Any]) -> Iterator[None]:
+    """Whatever the function raises becomes a CellError that names the line."""
+    try:
+        yield
+    except Exception as error:
+        trace, line = error.__traceback__, None
+        while trace is not None:
+            if trace.tb_frame.f_code is fn.__code__:
+                line = trace.tb_lineno
+            trace = trace.tb_next
+        reason = str(error) if isinstance(error, CellError) else f"{type(error).__name__}: {error}"
+        raise CellError(_located(fn, reason, line)) from (None if isinstance(error, CellError) else error)
+
+
+def _located(fn: Callable[..., Any], reason: str, line: int | None) -> str:
+    code = fn.__code__
+    line = line or code.co_firstlineno
+    source = linecache.getline(code.co_filename, line).strip()
+    shown = f" `{source}`" if source else ""
+    return f"cell {fn.__name__}, {code.co_filename}:{line}:{shown}: {reason}"
+
+
+class _WidthError(CellError):
+    line: int | None = None
+
+
+def _widths(states: tuple[str, ...], results: tuple[Node, ...], lines: Mapping[Node, int]) -> dict[Node, str]:
+    """The width of each node, found by walking until the states' widths no longer change."""
+    of_state: dict[str, str] = {}
+    for _ in range(len(states) + 1):
+        widths = _widths_once(results, of_state, lines)
+        found = {state: widths[node] for state, node in zip(states, results, strict=True) if node in widths}
+        if found == of_state:
+            break
+        of_state = found
+    by_operand: dict[tuple[str, str], str] = {}
+    for node in expr.postorder(results):
+        if node.op == "product" and node.data[0] != "W":
+            width = widths.get(node.args[0], "hidden")
+            namespace = node.data[0]
+            if by_operand.setdefault(namespace, width) != width:
+                raise _refusal_of_widths(
+                    f"{namespace} multiplies values of two widths; use another namespace", node, lines
+                )
+    return widths
+
+
+def _widths_once(results: tuple[Node, ...], of_state: dict[str, str], lines: Mapping[Node, int]) -> dict[Node, str]:
+    widths: dict[Node, str] = {}
+    for node in expr.postorder(results):
+        if node.op == "product":
+            widths[node] = "projected" if node.data[0] == "P" else "hidden"
+        elif node.op in ("parameter", "input"):
+            widths[node] = "hidden"
+        elif node.op == "state" and node.data[0] in of_state:
+            widths[node] = of_state[node.data[0]]
+        elif node.op in expr.OPS:
+            seen = {widths[arg] for arg in node.args if arg in widths}
+            if len(seen) > 1:
+                raise _refusal_of_widths(
+                    "a projected value (P @ ...) meets one of the hidden size unit by unit; their widths differ",
+                    node,
+                    lines,
+                )
+            if seen:
+                widths[node] = seen.pop()
+    return widths
+
+
+def _refusal_of_widths(reason: str, node: Node, lines: Mapping[Node, int]) -> _WidthError:
+    error = _WidthError(reason)
+    error.line = lines.get(node)
+    return error
