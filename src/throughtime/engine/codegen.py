@@ -48,8 +48,16 @@ class Tape:
 
 def torch_spelling(op: str) -> Callable[..., Tensor]:
     """The torch function of an op's row."""
-    function: Callable[..., Tensor] = getattr(torch, OPS[op].torch)
+    function: Callable[..., Tensor] = OWN.get(op) or getattr(torch, OPS[op].torch)
     return function
+
+
+def _sign(a: Tensor) -> Tensor:
+    return torch.where(a != a, a, torch.sign(a))
+
+
+OWN: dict[str, Callable[..., Tensor]] = {"sign": _sign}
+"""Where torch's own function would launder a NaN: its sign of NaN is 0."""
 
 
 def leaves(cell: Cell) -> tuple[Node, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -37,7 +38,7 @@ class Problem:
         """Everything that can have a gradient, in one order."""
         return (self.x, *self.states, *self.parameters, *self.outside, *self.initial)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> Problem:
+    def with_tensors(self, tensors: Sequence[Any]) -> Problem:
         """The same problem on other tensors, given in the order of `tensors`."""
         parts, start = [], 1
         for old in (self.states, self.parameters, self.outside, self.initial):
@@ -66,6 +67,12 @@ class Problem:
             if width == "hidden":
                 return state.shape[-1]
         return self.x.shape[-1]
+
+    @property
+    def proj_size(self) -> int:
+        """The number of units of the projected width, 0 in a cell without P."""
+        found = (t.shape[0] for p, t in zip(self.cell.parameters, self.parameters, strict=True) if p.namespace == "P")
+        return next(found, 0)
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,12 +16,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets import reference, stepwise
+from throughtime.engine.targets import reference
 from throughtime.equations.cell import Cell
 from throughtime.errors import TargetError
 
-TARGETS: dict[str, ModuleType] = {"stepwise": stepwise}
+TARGETS = ("cpu", "stepwise")
 """Targets with derived adjoints, the one to prefer first. The reference stands apart: autograd differentiates it."""
+
+
+def target_module(name: str) -> ModuleType:
+    """A target's module, imported when it is first asked for."""
+    return importlib.import_module(f"throughtime.engine.targets.{name}")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,11 @@ def recording() -> Iterator[list[Record]]:
         _records.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether a recording is under way: rows then stay as the caller gave them, and `Problem.lengths` unsorted."""
+    return _records.get() is not None
+
+
 def choose(problem: Problem, target: str | None = None) -> Choice:
     """The target that would run this problem now; raises TargetError if the one asked for cannot."""
     if _records.get() is not None:
@@ -72,14 +83,14 @@ def choose(problem: Problem, target: str | None = None) -> Choice:
         if asked != "reference" and asked not in TARGETS:
             known = ", ".join([*TARGETS, "reference", "auto"])
             raise TargetError(f"{asker} asks for {asked!r}; the targets are {known}")
-        if asked != "reference" and (reason := _beyond_adjoints() or TARGETS[asked].refusal(problem)):
+        if asked != "reference" and (reason := _beyond_adjoints() or target_module(asked).refusal(problem)):
             raise TargetError(f"{asker} asks for {asked!r}, which cannot run this: {reason}")
         return Choice(asked, f"{asker} asks for it")
     if reason := _beyond_adjoints():
         return Choice("reference", reason)
     passed: list[str] = []
-    for name, module in TARGETS.items():
-        reason = module.refusal(problem)
+    for name in TARGETS:
+        reason = target_module(name).refusal(problem)
         if reason is None:
             return Choice(name, "; ".join(passed) or "the fastest of the targets that can run this")
         passed.append(f"not {name}, because {reason}")
@@ -95,6 +106,12 @@ def _beyond_adjoints() -> str | None:
     return None
 
 
+def _batched(*tensors: Tensor) -> bool:
+    """Whether a backward pass runs under vmap, as for `is_grads_batched=True` and `jacobian(vectorize=True)`."""
+    functorch = torch._C._functorch
+    return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
+
+
 def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a recurrence over time and return its outputs [T, B, width] and the states [B, width] at each row's end.
 
@@ -104,7 +121,8 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
     choice = choose(problem, target)
     if choice.target == "reference":
         return _run_reference(problem)
-    output, *states = _Recurrence.apply(problem, TARGETS[choice.target], *problem.tensors)
+    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors)
+    output, *states = _Recurrence.apply(problem, target_module(choice.target), save, *problem.tensors)
     return output, tuple(states)
 
 
@@ -123,9 +141,10 @@ class _Recurrence(torch.autograd.Function):
     """The recurrence with the cell's derived adjoints as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, target: ModuleType, *tensors: Tensor) -> tuple[Tensor, ...]:
-        result = target.forward(problem, save=any(ctx.needs_input_grad))
-        ctx.problem, ctx.target = problem, target
+    def forward(ctx: Any, problem: Problem, target: ModuleType, save: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = target.forward(problem, save)
+        # autograd alone holds the tensors, so that it can free or offload them and notices what changes them in place
+        ctx.problem, ctx.target = problem.with_tensors([None] * len(tensors)), target
         ctx.save_for_backward(*tensors, result.output, *result.states, *result.workspace)
         return result.output, *result.states
 
@@ -134,23 +153,27 @@ class _Recurrence(torch.autograd.Function):
         saved = ctx.saved_tensors
         count, states = len(ctx.problem.tensors), len(ctx.problem.states)
         problem = ctx.problem.with_tensors(saved[:count])
-        needs = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():
-            return None, None, *_through_reference(problem, (d_output, *d_states), needs)
+        needs = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled() or _batched(d_output, *d_states):
+            return None, None, None, *_through_reference(problem, (d_output, *d_states), needs)
         result = Result(saved[count], saved[count + 1 : count + 1 + states], saved[count + 1 + states :])
-        return None, None, *ctx.target.backward(problem, result, d_output, d_states, needs)
+        return None, None, None, *ctx.target.backward(problem, result, d_output, d_states, needs)
 
 
 def _through_reference(
     problem: Problem, d_outputs: Sequence[Tensor], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """A backward pass that can itself be differentiated (create_graph=True): autograd through the reference loop."""
-    wanted = [tensor for tensor, need in zip(problem.tensors, needs, strict=True) if need]
-    result = reference.forward(problem)
+    """A backward pass that can be differentiated (create_graph=True) and batched: autograd through the reference."""
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Names of their own, so that no path from one tensor leads through another (x may itself depend on a weight).
+        problem = problem.with_tensors([tensor.view_as(tensor) for tensor in problem.tensors])
+        wanted = [tensor for tensor, need in zip(problem.tensors, needs, strict=True) if need]
+        result = reference.forward(problem)
     outputs = [(o, d) for o, d in zip((result.output, *result.states), d_outputs, strict=True) if o.requires_grad]
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=True, allow_unused=True
+            [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=again, allow_unused=True
         )
     )
     return tuple(next(found) if need else None for need in needs)

@@ -127,7 +127,7 @@ def _minimum_cut(needed: list[Node], free: set[Node]) -> set[Node]:
         graph.setdefault(end, {}).setdefault(start, 0)
 
     for node in below:
-        edge(("in", node), ("out", node), 1)
+        edge(("in", node), ("out", node), many if node.is_condition else 1)  # a truth is no value to keep
         if not _cheap(node):
             edge("source", ("in", node), many)
         else:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any
 
 from throughtime.equations import expr
@@ -115,6 +115,11 @@ class Cell:
         """The width of each state, "hidden" or "projected"."""
         return tuple(self.width_of.get(node, "hidden") for node in self.next)
 
+    @property
+    def projects(self) -> bool:
+        """Whether the cell has a projection P, so that a proj_size has to be given."""
+        return any(parameter.namespace == "P" for parameter in self.parameters)
+
     @cached_property
     def needs_equal_sizes(self) -> bool:
         """Whether x is used unit by unit, so that input and hidden size must agree."""
@@ -189,9 +194,9 @@ class Cell:
             if record["format"] != FORMAT:
                 raise CellError(f"the cell's format is {record['format']!r}, this version reads {FORMAT!r}")
             return _read(record)
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-            if isinstance(error, CellError):
-                raise
+        except CellError:
+            raise
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise CellError(f"this is not a cell's JSON ({type(error).__name__}: {error})") from error
 
 
@@ -200,43 +205,70 @@ def _written(part: Any) -> Any:
 
 
 def _read(record: dict[str, Any]) -> Cell:
-    gates = tuple(record["gates"])
-    states = tuple(record["states"])
-    outside = {*record["per_step"], *record["per_sequence"]}
+    states, gates, per_step, per_sequence = (
+        _words(record, key) for key in ("states", "gates", "per_step", "per_sequence")
+    )
     nodes: list[Node] = []
     for place, (op, args, data) in enumerate(record["nodes"]):
-        if any(not isinstance(i, int) or not 0 <= i < place for i in args):
+        if any(type(i) is not int or not 0 <= i < place for i in args):
             raise CellError(f"node {place} of the cell's JSON refers to a node that does not come before it")
-        operands = tuple(nodes[i] for i in args)
-        if op in expr.OPS:
-            nodes.append(expr.apply(op, *operands))
-            continue
-        known = {
-            "const": len(data) == 1 and isinstance(data[0], str) and not args,
-            "input": not data and not args,
-            "state": len(data) == 1 and data[0] in states and not args,
-            "outside": len(data) == 1 and data[0] in outside and not args,
-            "parameter": len(data) == 2 and data[0] in VECTORS and data[1] in gates and not args,
-            "product": len(data) == 2 and data[0] in MATRICES and data[1] in gates and len(args) == 1,
-        }
-        if not known.get(op, False):
+        node = _read_node(op, [nodes[i] for i in args], data, states, gates, {*per_step, *per_sequence})
+        if node is None:
             raise CellError(f"node {place} of the cell's JSON is {op!r} {data!r}, which no cell contains")
-        nodes.append(make(op, operands, (float.fromhex(data[0]),) if op == "const" else tuple(data)))
-    if not 0 <= record["output"] < len(states) or len(record["next"]) != len(states):
+        nodes.append(node)
+
+    def pick(i: Any) -> Node:
+        if type(i) is not int or not 0 <= i < len(nodes):
+            raise CellError(f"the cell's JSON names node {i!r}, and it has {len(nodes)}")
+        return nodes[i]
+
+    after = tuple(pick(i) for i in record["next"])
+    if type(record["output"]) is not int or not 0 <= record["output"] < len(states) or len(after) != len(states):
         raise CellError("the cell's JSON names an output or a next state that it does not have")
-    cell = Cell(
+    used = {node.data[1] for node in expr.postorder(after) if node.op in ("product", "parameter")}
+    if used != set(gates) or any(node.is_condition for node in after):
+        raise CellError("the cell's JSON lists gates that its equations do not have, or a state that is a comparison")
+    _widths(states, after, {})
+    return Cell(
         name=str(record["name"]),
         about=str(record["about"]),
         states=states,
-        next=tuple(nodes[i] for i in record["next"]),
+        next=after,
         gates=gates,
         output=record["output"],
-        per_step=tuple(record["per_step"]),
-        per_sequence=tuple(record["per_sequence"]),
-        names={str(name): nodes[i] for name, i in record["names"].items()},
+        per_step=per_step,
+        per_sequence=per_sequence,
+        names={str(name): pick(i) for name, i in record["names"].items()},
     )
-    _widths(cell.states, cell.next, {})
-    return cell
+
+
+def _words(record: dict[str, Any], key: str) -> tuple[str, ...]:
+    words = record[key]
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words) or len({*words}) != len(words):
+        raise CellError(f"{key} in the cell's JSON must be a list of different names, not {words!r}")
+    return tuple(words)
+
+
+def _read_node(
+    op: str, args: list[Node], data: list[Any], states: tuple[str, ...], gates: tuple[str, ...], outside: set[str]
+) -> Node | None:
+    """The node, checked as if it had been written in a cell; None if no cell contains such a node."""
+    if op in expr.OPS:
+        return None if data else expr.apply(op, *args)
+    match (op, *data):
+        case "const", str(bits) if not args:
+            return expr.constant(float.fromhex(bits))
+        case ("input",) if not args:
+            return make(op)
+        case "state", name if not args and name in states:
+            return make(op, (), (name,))
+        case "outside", name if not args and name in outside:
+            return make(op, (), (name,))
+        case "parameter", namespace, gate if not args and namespace in VECTORS and gate in gates:
+            return make(op, (), (namespace, gate))
+        case "product", namespace, gate if len(args) == 1 and namespace in MATRICES and gate in gates:
+            return _product(namespace, gate, args[0])
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,26 +282,34 @@ class Matrix(expr.Placeholder):
         self.namespace, self.gate = namespace, gate
 
     def __matmul__(self, operand: Any) -> Node:
-        label = f"{self.namespace}.{self.gate}" if self.gate else self.namespace
-        operand = expr.as_node(operand)
-        if operand.is_condition:
-            raise CellError(f"{label} @ a comparison: write {label} @ where(a < b, 1.0, 0.0)")
-        if operand.op in ("const", "parameter"):
-            raise CellError(f"{label} @ a constant of the step is a bias in disguise; write b.{self.gate or 'gate'}")
-        if self.namespace == "W" and operand.op != "input":
-            raise CellError(
-                f"{label} multiplies the input x and nothing else; write U for a state or a value of this step, and "
-                "scale or mask x before the layer"
-            )
-        if self.namespace != "W" and operand.op == "input":
-            raise CellError(f"{label} multiplies states and values of this step; for the input x write W")
-        return make("product", (operand,), (self.namespace, self.gate))
+        return _product(self.namespace, self.gate, expr.as_node(operand))
 
     def as_node(self) -> Node:
         """A matrix alone is no value."""
         raise CellError(
             f"{self.namespace}.{self.gate} is a matrix; it only multiplies, with @, as in W.r @ x or U.r @ h"
         )
+
+
+def _product(namespace: str, gate: str, operand: Node) -> Node:
+    label = f"{namespace}.{gate}" if gate else namespace
+    if operand.is_condition:
+        raise CellError(f"{label} @ a comparison: write {label} @ where(a < b, 1.0, 0.0)")
+    if operand.op in ("const", "parameter"):
+        raise CellError(f"{label} @ a constant of the step is a bias in disguise; write b.{gate or 'gate'}")
+    if namespace == "W" and operand.op != "input":
+        raise CellError(
+            f"{label} multiplies the input x and nothing else; write U for a state or a value of this step, and scale "
+            "or mask x before the layer"
+        )
+    if namespace != "W" and operand.op == "input":
+        raise CellError(f"{label} multiplies states and values of this step; for the input x write W")
+    if not any(node.op in ("input", "state") for node in expr.postorder([operand])):
+        raise CellError(
+            f"{label} multiplies something that depends on neither x nor a state: put an outside input among the "
+            f"features of x, and write a product of parameters as b.{gate or 'gate'}"
+        )
+    return make("product", (operand,), (namespace, gate))
 
 
 class Namespace(expr.Placeholder):
@@ -279,8 +319,8 @@ class Namespace(expr.Placeholder):
         self._letter = letter
 
     def __getattr__(self, gate: str) -> Any:
-        if gate.startswith("_"):
-            raise CellError(f"{gate!r} cannot name a gate; a gate's name begins with a letter")
+        if gate.startswith("_"):  # an AttributeError, for it may be NumPy or copy asking what this object can do
+            raise AttributeError(f"{gate!r} cannot name a gate; a gate's name begins with a letter")
         return self._leaf(gate)
 
     def _leaf(self, gate: str) -> Any:
@@ -322,7 +362,7 @@ def cell(
     def decorate(fn: Callable[..., Any]) -> Cell:
         def retrace(**constants: Any) -> Cell:
             wanted = {"states": states, "output": output, "per_step": per_step, "per_sequence": per_sequence}
-            return _trace(fn, name or fn.__name__, wanted, constants, retrace)
+            return _trace(fn, name or str(getattr(fn, "__name__", "")), wanted, constants, retrace)
 
         return retrace()
 
@@ -336,23 +376,29 @@ def _trace(
     constants: dict[str, Any],
     retrace: Callable[..., Cell],
 ) -> Cell:
+    if not inspect.isfunction(fn):
+        raise CellError(f"@cell goes above a function of equations, not {type(fn).__name__} {name}")
     states = tuple(wanted["states"].split())
     per_step, per_sequence = tuple(wanted["per_step"].split()), tuple(wanted["per_sequence"].split())
     arguments = _arguments(fn, states, per_step + per_sequence, constants)
     gates: dict[str, None] = {}
     gated: set[str] = set()
     lines: dict[Node, int] = {}
+    frames: list[FrameType] = []
 
     def watch(node: Node) -> None:
         if node.op in ("product", "parameter"):
             gates.setdefault(node.data[1])
             if node.data[0] != "P":  # a projection is not a gate and needs no name
                 gated.add(node.data[1])
-        if node not in lines and (line := _line_in(fn.__code__)) is not None:
-            lines[node] = line
+        if (frame := _frame_of(fn.__code__)) is not None:
+            lines.setdefault(node, frame.f_lineno)
+            frames[:] = [frame]
 
-    with _refusals_located(fn), _observed(watch), _locals_of(fn.__code__) as variables:
+    with _refusals_located(fn), _observed(watch):
         returned = fn(*arguments, **constants)
+    # A frame that is held keeps its variables, as they stood at the end; equations print under the author's names.
+    variables = dict(frames.pop().f_locals) if frames else {}
 
     def check(holds: bool, reason: str, node: Node | None = None) -> None:
         if not holds:
@@ -435,6 +481,8 @@ def _arguments(
                 f"argument {argument!r} is neither a state, an outside input (per_step=, per_sequence=) nor one of the "
                 "namespaces W, U, P, b, c, d, p; make a constant keyword-only (after a bare *)"
             )
+    if len(set(outside)) != len(outside) or set(outside) & set(lead):
+        refuse("per_step= and per_sequence= must name each outside input once, and neither x nor a state")
     if missing := set(outside) - set(positional):
         refuse(f"the outside input {', '.join(sorted(missing))} is not among the function's arguments")
     if "c" in positional[len(lead) :] and "d" in positional[len(lead) :]:
@@ -464,30 +512,12 @@ def _observed(watch: Callable[[Node], None]) -> Iterator[None]:
         expr.observer.reset(token)
 
 
-@contextmanager
-def _locals_of(code: CodeType) -> Iterator[dict[str, Any]]:
-    """The function's variables as they stood when it returned, so that equations print under the author's names."""
-    variables: dict[str, Any] = {}
-    before = sys.getprofile()
-
-    def profile(frame: Any, event: str, argument: Any) -> None:
-        if event == "return" and frame.f_code is code:
-            variables.update(frame.f_locals)
-
-    sys.setprofile(profile)
-    try:
-        yield variables
-    finally:
-        sys.setprofile(before)
-
-
-def _line_in(code: CodeType) -> int | None:
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is code:
-            return frame.f_lineno
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
+def _frame_of(code: CodeType) -> FrameType | None:
+    """The innermost running call of the code."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not code:
+        frame = frame.f_back
+    return frame
 
 
 @contextmanager
@@ -518,19 +548,22 @@ class _WidthError(CellError):
 
 
 def _widths(states: tuple[str, ...], results: tuple[Node, ...], lines: Mapping[Node, int]) -> dict[Node, str]:
-    """The width of each node, found by walking until the states' widths no longer change."""
-    of_state: dict[str, str] = {}
-    for _ in range(len(states) + 1):
-        widths = _widths_once(results, of_state, lines)
-        found = {state: widths[node] for state, node in zip(states, results, strict=True) if node in widths}
-        if found == of_state:
+    """The width of each node; walks up and down until the widths of states and outside inputs no longer change."""
+    order = expr.postorder(results)
+    ends = {make("state", (), (state,)): node for state, node in zip(states, results, strict=True)}
+    leaves = [node for node in order if node.op in ("state", "outside")]
+    known: dict[Node, str] = {}
+    for _ in range(len(leaves) + len(states) + 1):
+        widths = _widths_downwards(order, _widths_upwards(order, known, lines), lines)
+        found = {leaf: width for leaf in leaves if (width := widths.get(ends.get(leaf, leaf), widths.get(leaf)))}
+        found |= {end: widths[leaf] for leaf, end in ends.items() if leaf in widths and end not in widths}
+        if found == known:
             break
-        of_state = found
-    by_operand: dict[tuple[str, str], str] = {}
-    for node in expr.postorder(results):
+        known = found
+    by_operand: dict[str, str] = {}
+    for node in order:
         if node.op == "product" and node.data[0] != "W":
-            width = widths.get(node.args[0], "hidden")
-            namespace = node.data[0]
+            namespace, width = node.data[0], widths.get(node.args[0], "hidden")
             if by_operand.setdefault(namespace, width) != width:
                 raise _refusal_of_widths(
                     f"{namespace} multiplies values of two widths; use another namespace", node, lines
@@ -538,15 +571,16 @@ def _widths(states: tuple[str, ...], results: tuple[Node, ...], lines: Mapping[N
     return widths
 
 
-def _widths_once(results: tuple[Node, ...], of_state: dict[str, str], lines: Mapping[Node, int]) -> dict[Node, str]:
+def _widths_upwards(order: list[Node], known: dict[Node, str], lines: Mapping[Node, int]) -> dict[Node, str]:
+    """From arguments to what is computed from them; constants, and what depends on them alone, have any width."""
     widths: dict[Node, str] = {}
-    for node in expr.postorder(results):
+    for node in order:
         if node.op == "product":
             widths[node] = "projected" if node.data[0] == "P" else "hidden"
         elif node.op in ("parameter", "input"):
             widths[node] = "hidden"
-        elif node.op == "state" and node.data[0] in of_state:
-            widths[node] = of_state[node.data[0]]
+        elif node in known:
+            widths[node] = known[node]
         elif node.op in expr.OPS:
             seen = {widths[arg] for arg in node.args if arg in widths}
             if len(seen) > 1:
@@ -558,6 +592,26 @@ def _widths_once(results: tuple[Node, ...], of_state: dict[str, str], lines: Map
             if seen:
                 widths[node] = seen.pop()
     return widths
+
+
+def _widths_downwards(order: list[Node], widths: dict[Node, str], lines: Mapping[Node, int]) -> dict[Node, str]:
+    """To what has no width yet, such as an outside input, from what it is used with."""
+    wanted = dict(widths)
+    varies = {node for node in order if node.op in ("state", "outside")}
+    for node in order:
+        if node.op in expr.OPS and any(arg in varies for arg in node.args):
+            varies.add(node)
+    for node in reversed(order):
+        if node.op in expr.OPS and node in wanted:
+            for arg in node.args:
+                if arg in varies and arg not in widths and wanted.setdefault(arg, wanted[node]) != wanted[node]:
+                    raise _refusal_of_widths(
+                        "one value meets both a projected value (P @ ...) and one of the hidden size; give an outside "
+                        "input twice, under two names",
+                        node,
+                        lines,
+                    )
+    return wanted
 
 
 def _refusal_of_widths(reason: str, node: Node, lines: Mapping[Node, int]) -> _WidthError:

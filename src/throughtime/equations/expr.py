@@ -11,10 +11,10 @@ import math
 import struct
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from throughtime.errors import CellError
 
@@ -58,11 +58,12 @@ class Arithmetic:
         return apply("abs", self)
 
     def __pow__(self, exponent: Any) -> Node:
-        if exponent == 0.5:
+        if isinstance(exponent, float) and exponent == 0.5:
             return apply("sqrt", self)
         if isinstance(exponent, int) and 1 <= exponent <= 8:
             return functools.reduce(_multiply, [as_node(self)] * exponent)
-        raise CellError(f"a power of {exponent!r} is not offered; write ** 1 to ** 8, sqrt(a), or exp(k * log(a))")
+        shown = exponent if isinstance(exponent, int | float) else type(exponent).__name__
+        raise CellError(f"a power of {shown} is not offered; write ** 1 to ** 8, sqrt(a), or exp(k * log(a))")
 
     def __lt__(self, other: Any) -> Node:
         return apply("less", self, other)
@@ -75,6 +76,65 @@ class Arithmetic:
 
     def __ge__(self, other: Any) -> Node:
         return apply("less_equal", other, self)
+
+    def __mod__(self, other: object) -> NoReturn:
+        raise CellError("% and // have no useful derivative and are not offered; bound values with minimum and maximum")
+
+    __rmod__ = __floordiv__ = __rfloordiv__ = __mod__
+
+    def __and__(self, other: object) -> NoReturn:
+        raise CellError("comparisons do not combine with &, | or ^; nest them: where(a < b, where(c < d, y, z), z)")
+
+    __rand__ = __or__ = __ror__ = __xor__ = __rxor__ = __and__
+
+    def __rpow__(self, base: object) -> NoReturn:
+        raise CellError("a number to the power of a node is not offered; write exp(a * k) with k = math.log(base)")
+
+    def __eq__(self, other: object) -> NoReturn:
+        raise CellError("== between nodes has no derivative; write where(a < b, ..., ...), or `is` for the same node")
+
+    def __ne__(self, other: object) -> NoReturn:
+        raise CellError("!= between nodes has no derivative; write where(a < b, ..., ...), or `is not`")
+
+    __hash__ = object.__hash__
+
+    def __bool__(self) -> NoReturn:
+        raise CellError(
+            "the value of a unit is not known while the cell is traced, so `if`, `and`, `or`, `not`, max, min and "
+            "a < b < c cannot ask for it; write where(condition, a, b), maximum(a, b) or minimum(a, b)"
+        )
+
+    def __float__(self) -> NoReturn:
+        raise CellError(
+            "a node is not a number, so functions of `math` cannot take it; use throughtime's own, such as tanh(a)"
+        )
+
+    __int__ = __index__ = __float__
+
+    def __iter__(self) -> NoReturn:
+        raise CellError("a node stands for all units at once; it cannot be looped over or unpacked")
+
+    def __getitem__(self, key: object) -> NoReturn:
+        raise CellError("units cannot be picked by index: everything but a product works unit by unit")
+
+    def __matmul__(self, other: Any) -> Node:
+        raise CellError("@ needs a matrix on its left: W.gate @ x, U.gate @ h, P @ h")
+
+    def __array__(self, *_: object, **__: object) -> NoReturn:
+        raise CellError(
+            "NumPy cannot hold a node; use throughtime's functions, such as tanh(a), and plain Python numbers"
+        )
+
+    def __array_ufunc__(self, ufunc: Any, *_: object, **__: object) -> NoReturn:
+        name = getattr(ufunc, "__name__", "this")
+        raise CellError(
+            f"numpy.{name} cannot take a node; use throughtime's functions, and float(a) for a NumPy number a"
+        )
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *_: object, **__: object) -> NoReturn:
+        name = getattr(function, "__name__", "this function")
+        raise CellError(f"torch's {name} cannot take a node; use throughtime's functions, and plain Python numbers")
 
 
 class Placeholder(Arithmetic):
@@ -100,49 +160,10 @@ class Node(Arithmetic):
     def __init__(self, *_: object) -> None:
         raise CellError("nodes are made by writing equations inside a function under @cell, not by calling Node()")
 
-    def __eq__(self, other: object) -> NoReturn:
-        raise CellError("== between nodes has no derivative; write where(a < b, ..., ...), or `is` for the same node")
+    if not TYPE_CHECKING:  # a type checker should still find misspelt attributes
 
-    def __ne__(self, other: object) -> NoReturn:
-        raise CellError("!= between nodes has no derivative; write where(a < b, ..., ...), or `is not`")
-
-    __hash__ = object.__hash__
-
-    def __bool__(self) -> NoReturn:
-        raise CellError(
-            "the value of a unit is not known while the cell is traced, so `if`, `and`, `or` and `not` cannot ask "
-            "for it; write where(condition, a, b)"
-        )
-
-    def __float__(self) -> NoReturn:
-        raise CellError(
-            "a node is not a number, so functions of `math` cannot take it; use those of throughtime.equations"
-        )
-
-    __int__ = __index__ = __float__
-
-    def __iter__(self) -> Iterator[Node]:
-        raise CellError("a node stands for all units at once; it cannot be looped over or unpacked")
-
-    def __getitem__(self, key: object) -> NoReturn:
-        raise CellError("units cannot be picked by index: everything but a product works unit by unit")
-
-    def __matmul__(self, other: object) -> NoReturn:
-        raise CellError("@ needs a matrix on its left: W.gate @ x, U.gate @ h, P @ h")
-
-    def __array__(self, *_: object, **__: object) -> NoReturn:
-        raise CellError(
-            "NumPy cannot hold a node; use the functions of throughtime.equations, and float(a) for numbers"
-        )
-
-    def __array_ufunc__(self, ufunc: Any, *_: object, **__: object) -> NoReturn:
-        name = getattr(ufunc, "__name__", "this")
-        raise CellError(f"numpy.{name} cannot take a node; use throughtime.equations, and float(a) for a NumPy number")
-
-    @classmethod
-    def __torch_function__(cls, function: Any, *_: object, **__: object) -> NoReturn:
-        name = getattr(function, "__name__", "this function")
-        raise CellError(f"torch's {name} cannot take a node; use the functions of throughtime.equations")
+        def __getattr__(self, name: str) -> NoReturn:
+            raise AttributeError(f"a node has no .{name}: it stands for all units at once and works unit by unit")
 
     def __copy__(self) -> Node:
         return self
@@ -263,8 +284,9 @@ class Op:
 
     `derivative(y, g)` takes the result y (a node, with its arguments in y.args) and its adjoint g, and returns the
     adjoint of each argument, None where there is none. `torch` names an attribute of the torch module, `llvm` a method
-    of the vector vocabulary, `onnx` an operator; `text` and `latex` are formats whose number is the binding strength
-    `precedence` (3 tight, 0 loose). `cheap` operations may be computed again in the backward pass instead of saved.
+    of the vector vocabulary, `onnx` an operator; `text` and `latex` are formats, and `precedence` how strongly they
+    bind: 0 a comparison, 1 a sum, 2 a product, 4 what delimits its arguments itself. `cheap` operations may be computed
+    again in the backward pass instead of saved; a `truth` is a comparison.
     """
 
     arity: int
@@ -303,32 +325,34 @@ OPS: dict[str, Op] = {
     "add": Op(2, lambda a, b: a + b, lambda y, g: (g, g), "add", "add", "Add", "{} + {}", "{} + {}", 1),
     "sub": Op(2, lambda a, b: a - b, lambda y, g: (g, -g), "sub", "sub", "Sub", "{} - {}", "{} - {}", 1),
     "mul": Op(2, lambda a, b: a * b, lambda y, g: (g * y.args[1], g * y.args[0]), "mul", "mul", "Mul",
-              "{} * {}", r"{} \odot {}", 2),
+              "{} ⊙ {}", r"{} \odot {}", 2),
     "div": Op(2, lambda a, b: a / b, lambda y, g: (g / y.args[1], -(g * y / y.args[1])), "div", "div", "Div",
-              "{} / {}", r"{} / {}", 2),
+              "{} / {}", r"\frac{{{}}}{{{}}}", 2),
     "neg": Op(1, lambda a: -a, lambda y, g: (-g,), "neg", "neg", "Neg", "-{}", "-{}", 3),
     "exp": Op(1, math.exp, lambda y, g: (g * y,), "exp", "exp", "Exp", "exp({})", r"\exp({})", cheap=False),
     "log": Op(1, math.log, lambda y, g: (g / y.args[0],), "log", "log", "Log", "log({})", r"\log({})", cheap=False),
     "log1p": Op(1, math.log1p, lambda y, g: (g / (1.0 + y.args[0]),), "log1p", "log1p", "",
-                "log1p({})", r"\log(1 + {})", cheap=False),
+                "log1p({})", r"\operatorname{{log1p}}({})", cheap=False),
     "sqrt": Op(1, math.sqrt, lambda y, g: (0.5 * g / y,), "sqrt", "sqrt", "Sqrt",
                "sqrt({})", r"\sqrt{{{}}}", cheap=False),
-    "abs": Op(1, abs, lambda y, g: (g * sign(y.args[0]),), "abs", "abs", "Abs", "abs({})", r"\lvert {} \rvert"),
+    "abs": Op(1, abs, lambda y, g: (g * sign(y.args[0]),), "abs", "abs", "Abs", "|{}|", r"\lvert {} \rvert"),
     "sign": Op(1, _sign, lambda y, g: (None,), "sign", "sign", "Sign", "sign({})", r"\operatorname{{sign}}({})"),
     "tanh": Op(1, math.tanh, lambda y, g: (g * (1.0 - y * y),), "tanh", "tanh", "Tanh",
                "tanh({})", r"\tanh({})", cheap=False),
     "sigmoid": Op(1, _sigmoid, lambda y, g: (g * (y * (1.0 - y)),), "sigmoid", "sigmoid", "Sigmoid",
-                  "sigmoid({})", r"\sigma({})", cheap=False),
+                  "σ({})", r"\sigma({})", cheap=False),
     "relu": Op(1, lambda a: a if a > 0 or a != a else 0.0, lambda y, g: (where(y <= 0.0, 0.0, g),), "relu", "relu",
                "Relu", "relu({})", r"\operatorname{{relu}}({})"),
     "maximum": Op(2, _extremum(lambda a, b: a > b),
-                  lambda y, g: _split(y.args[1] < y.args[0], y.args[0] < y.args[1], g), "maximum", "maximum", "Max", "maximum({}, {})", r"\max({}, {})"),
+                  lambda y, g: _split(y.args[1] < y.args[0], y.args[0] < y.args[1], g),
+                  "maximum", "maximum", "Max", "max({}, {})", r"\max({}, {})"),
     "minimum": Op(2, _extremum(lambda a, b: a < b),
-                  lambda y, g: _split(y.args[0] < y.args[1], y.args[1] < y.args[0], g), "minimum", "minimum", "Min", "minimum({}, {})", r"\min({}, {})"),
+                  lambda y, g: _split(y.args[0] < y.args[1], y.args[1] < y.args[0], g),
+                  "minimum", "minimum", "Min", "min({}, {})", r"\min({}, {})"),
     "less": Op(2, lambda a, b: a < b, lambda y, g: (None, None), "lt", "less", "Less", "{} < {}", "{} < {}", 0,
                truth=True),
     "less_equal": Op(2, lambda a, b: a <= b, lambda y, g: (None, None), "le", "less_equal", "LessOrEqual",
-                     "{} <= {}", r"{} \le {}", 0, truth=True),
+                     "{} ≤ {}", r"{} \le {}", 0, truth=True),
     "where": Op(3, lambda q, a, b: a if q else b,
                 lambda y, g: (None, where(y.args[0], g, 0.0), where(y.args[0], 0.0, g)), "where", "where", "Where",
                 "where({}, {}, {})", r"\operatorname{{where}}({}, {}, {})"),

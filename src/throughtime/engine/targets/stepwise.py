@@ -1,6 +1,7 @@
 """The derived equations, step by step, in PyTorch: any cell, any dtype, any device, no autograd graph.
 
-What a fused target does in one kernel is spelled out here in tensors: input products for the whole sequence, the loop forward that saves what `calculus.saved` names, the loop backward through the adjoint equations, and the products'
+What a fused target does in one kernel is spelled out here in tensors: input products for the whole sequence, the loop
+forward that saves what `calculus.saved` names, the loop backward through the adjoint equations, and the products'
 weight gradients at the end, over all steps together.
 """
 
@@ -114,7 +115,8 @@ def _gathered(
     if next(wanted):
         d_x = torch.zeros_like(x) if adjoint.input is None else collected[adjoint.input].clone()
         for product in _of_input(cell):
-            d_x += collected[adjoint.delta[product]] @ problem.block(product)
+            if product in adjoint.delta:
+                d_x += collected[adjoint.delta[product]] @ problem.block(product)
     gradients.append(d_x)
     for d_state in a:
         gradients.append(d_state if next(wanted) else None)
@@ -222,6 +224,4 @@ def _width(problem: Problem, node: Node) -> int:
     else:
         owners = [v for v, g in calculus.adjoint(cell).value.items() if g is node]
         projected = any(cell.width_of.get(owner) == "projected" for owner in owners)
-    if not projected:
-        return problem.hidden_size
-    return problem.sizes[cell.widths.index("projected")]
+    return problem.proj_size if projected else problem.hidden_size

@@ -1,0 +1,1 @@
+"""How far the signal reaches: the numbers, and apart from them their drawing."""

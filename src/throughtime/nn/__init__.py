@@ -1,0 +1,7 @@
+"""What people build with: recurrent layers for any cell and under torch's names, read-outs, a ragged loss."""
+
+from throughtime.nn.drop_in import GRU, LSTM, RNN, upgrade
+from throughtime.nn.readout import LastStep, PerStep, ragged_loss
+from throughtime.nn.recurrent import Layer, Recurrent, explain
+
+__all__ = ["GRU", "LSTM", "RNN", "LastStep", "Layer", "PerStep", "Recurrent", "explain", "ragged_loss", "upgrade"]

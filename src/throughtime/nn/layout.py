@@ -1,0 +1,230 @@
+"""The caller's layout and the engine's: time first or batch first, padded or packed, rows in any order of length.
+
+The engine wants time first and rows by falling length. What stands here moves tensors there and back, and reads and
+refuses `lengths=` and `reset=`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from throughtime.engine import recurrence
+from throughtime.errors import ShapeError
+
+Lengths = int | Sequence[int] | np.ndarray[Any, Any] | Tensor
+"""The steps of each sequence, as callers may give them."""
+
+State = Tensor | tuple[Tensor, ...]
+"""What a layer takes and gives as its state: a tensor, or for a cell with several states a tuple in their order."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the caller's sequences stand: T steps of B rows.
+
+    `order[i]` is the caller's row that the engine sees as row i and `back` undoes it, both None where rows stay;
+    `lengths` is in the engine's order, None for T each; `packed` is the input if it came packed.
+    """
+
+    steps: int
+    rows: int
+    batch_first: bool = False
+    batched: bool = True
+    lengths: tuple[int, ...] | None = None
+    order: Tensor | None = None
+    back: Tensor | None = None
+    packed: PackedSequence | None = None
+
+    @property
+    def step_shape(self) -> tuple[int, ...]:
+        """The leading dimensions of a per-step tensor of the caller: (T, B), (B, T), or (T,) without a batch."""
+        if not self.batched:
+            return (self.steps,)
+        return (self.rows, self.steps) if self.batch_first else (self.steps, self.rows)
+
+    @property
+    def step_names(self) -> tuple[str, ...]:
+        """`step_shape` in letters, for messages."""
+        if not self.batched:
+            return ("T",)
+        return ("B", "T") if self.batch_first else ("T", "B")
+
+    def steps_in(self, tensor: Tensor) -> Tensor:
+        """A per-step tensor of the caller's as the engine's [T, B, ...]."""
+        if not self.batched:
+            return tensor.unsqueeze(1)
+        return self.rows_in(tensor.transpose(0, 1) if self.batch_first else tensor, 1)
+
+    def rows_in(self, tensor: Tensor, dim: int) -> Tensor:
+        """The rows, along `dim`, in the engine's order."""
+        return tensor if self.order is None else tensor.index_select(dim, self.order)
+
+    def rows_out(self, tensor: Tensor, dim: int) -> Tensor:
+        """The rows, along `dim`, in the caller's order."""
+        return tensor if self.back is None else tensor.index_select(dim, self.back)
+
+    def outputs_out(self, output: Tensor) -> Tensor | PackedSequence:
+        """The engine's outputs [T, B, features] as the caller gave the input: padded, packed or without a batch."""
+        if self.packed is not None:
+            return _pack_like(self.packed, output if self.order is not None else self._sorted(output))
+        output = self.rows_out(output, 1)
+        if not self.batched:
+            return output.squeeze(1)
+        return output.transpose(0, 1) if self.batch_first else output
+
+    def states_in(self, states: State) -> tuple[Tensor, ...]:
+        """The caller's states as the engine's, [layers * D, B, width] each."""
+        several = (states,) if isinstance(states, Tensor) else states
+        return tuple(self.rows_in(state if self.batched else state.unsqueeze(1), 1) for state in several)
+
+    def states_out(self, states: tuple[Tensor, ...]) -> State:
+        """The engine's states [layers * D, B, width] as the caller's, without B where the input had none."""
+        several = tuple(self.rows_out(state, 1) if self.batched else state.squeeze(1) for state in states)
+        return several[0] if len(several) == 1 else several
+
+    def _sorted(self, output: Tensor) -> Tensor:
+        assert self.packed is not None
+        order = self.packed.sorted_indices
+        return output if order is None else output.index_select(1, order)
+
+
+def arrange(x: Tensor | PackedSequence, lengths: Lengths | None, batch_first: bool) -> tuple[Layout, Tensor]:
+    """The layout of an input [T, B, I], [B, T, I] (batch first), [T, I] or packed, and the engine's [T, B, I]."""
+    if isinstance(x, PackedSequence):
+        if lengths is not None:
+            raise ShapeError(
+                "lengths= came together with a PackedSequence, which carries its own; leave lengths= out, or give the "
+                "padded tensor"
+            )
+        return _arrange_packed(x, batch_first)
+    batched = x.dim() == 3
+    first = batch_first and batched
+    steps = x.shape[1] if first else x.shape[0]
+    rows = 1 if not batched else x.shape[0] if first else x.shape[1]
+    counts = None if lengths is None else read_lengths(lengths, steps, rows)
+    if counts is None or all(count == steps for count in counts):
+        layout = Layout(steps, rows, batch_first, batched)
+    else:
+        layout = _by_falling_length(Layout(steps, rows, batch_first, batched, counts), x.device)
+    return layout, layout.steps_in(x)
+
+
+def _by_falling_length(layout: Layout, device: torch.device) -> Layout:
+    """The same layout with rows sorted, if they need it; a recording keeps the caller's, for the reference can."""
+    counts = layout.lengths or ()
+    order = sorted(range(layout.rows), key=lambda row: -counts[row])
+    if order == list(range(layout.rows)) or recurrence.is_recording():
+        return layout
+    taken = torch.tensor(order, device=device)
+    return Layout(
+        layout.steps,
+        layout.rows,
+        layout.batch_first,
+        layout.batched,
+        tuple(counts[row] for row in order),
+        taken,
+        taken.argsort(),
+    )
+
+
+def _arrange_packed(packed: PackedSequence, batch_first: bool) -> tuple[Layout, Tensor]:
+    """Packed rows are sorted already; only a recording wants them in the caller's order."""
+    as_caller = recurrence.is_recording()
+    shown = packed if as_caller else PackedSequence(packed.data, packed.batch_sizes)
+    x, counts = pad_packed_sequence(shown)
+    steps, rows = x.shape[:2]
+    lengths = tuple(counts.tolist())
+    layout = Layout(
+        steps,
+        rows,
+        batch_first,
+        lengths=None if min(lengths) == steps else lengths,
+        order=None if as_caller else packed.sorted_indices,
+        back=None if as_caller else packed.unsorted_indices,
+        packed=packed,
+    )
+    return layout, x
+
+
+def _pack_like(packed: PackedSequence, output: Tensor) -> PackedSequence:
+    """Outputs [T, B, features] in the packed order, packed as the input was."""
+    sizes = packed.batch_sizes
+    counts = (sizes[None, :] > torch.arange(output.shape[1])[:, None]).sum(1)
+    data = pack_padded_sequence(output, counts).data
+    return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices)
+
+
+def read_lengths(lengths: Lengths, steps: int, rows: int) -> tuple[int, ...]:
+    """The steps of each row as plain numbers, from a list, an array or a tensor of any integer type on any device.
+
+    Raises ShapeError, naming the row, for a wrong count, a number outside 0..T, or what is not an integer.
+    """
+    listed = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    numbers = [listed] if isinstance(listed, int) else list(listed)
+    if len(numbers) != rows:
+        raise ShapeError(
+            f"lengths= has {_counted(len(numbers), 'entry', 'entries')} and the batch "
+            f"{_counted(rows, 'sequence', 'sequences')}; give one length for each, in the batch's order"
+        )
+    return tuple(_length(number, row, steps) for row, number in enumerate(numbers))
+
+
+def _length(number: Any, row: int, steps: int) -> int:
+    try:
+        count = None if isinstance(number, bool) else operator.index(number)
+    except TypeError:
+        count = None
+    if count is None:
+        raise ShapeError(f"lengths[{row}] is {number!r}; a length is an integer number of steps (use .long() or int())")
+    if not 0 <= count <= steps:
+        raise ShapeError(
+            f"lengths[{row}] is {count}, but the input has {steps} steps; lengths lie between 0 and {steps}"
+        )
+    return count
+
+
+def _counted(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def within(lengths: Sequence[int], steps: int, device: torch.device) -> Tensor:
+    """[T, B] booleans: which steps belong to their sequence."""
+    ends = torch.tensor(lengths, dtype=torch.int64, device=device)
+    return torch.arange(steps, device=device)[:, None] < ends
+
+
+def shape_text(names: Sequence[str], sizes: Sequence[object]) -> str:
+    """A wanted shape in letters and numbers, such as `[T, B] = [7, 3]`."""
+    return f"[{', '.join(names)}] = [{', '.join(map(str, sizes))}]"
+
+
+def read_reset(reset: Tensor, layout: Layout, device: torch.device) -> Tensor:
+    """The caller's mask as the engine's [T, B]. Raises ShapeError for another shape, or for what is not boolean."""
+    mask = torch.as_tensor(reset, device=device)
+    if mask.dtype != torch.bool:
+        raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each step (use reset.bool())")
+    if tuple(mask.shape) != layout.step_shape:
+        raise ShapeError(
+            f"reset= has shape {list(mask.shape)}; beside this input it must be "
+            f"{shape_text(layout.step_names, layout.step_shape)}, one truth value for each step"
+        )
+    return layout.steps_in(mask)
+
+
+def reset_backwards(reset: Tensor, lengths: Sequence[int] | None) -> Tensor:
+    """The mask [T, B] as a run from the last step to the first needs it: an episode begins there at its last step.
+
+    That is the step before the next episode's first. A sequence's own last step is no reset: its given state enters.
+    """
+    shifted = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
+    if lengths is None:
+        return shifted
+    return shifted & within([max(count - 1, 0) for count in lengths], reset.shape[0], reset.device)

@@ -1,0 +1,1 @@
+"""What people come to do: read a table, train on it, compare cells."""
