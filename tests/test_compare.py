@@ -120,6 +120,12 @@ def test_a_lead_within_two_standard_errors_is_none() -> None:
     assert findings.headline(clear) == "B learns small best: 95.5% right"
 
 
+def test_nothing_is_called_learnt_that_a_constant_answer_would_get() -> None:
+    comparison = made_up(A=[0.35, 0.4], B=[0.5, 0.55])
+    assert findings.headline(comparison) == "No cell learns small better than a constant answer: B comes to 52.5% right"
+    assert "Reach goes with it" not in " ".join(findings.findings(comparison))
+
+
 def test_one_seed_tells_nothing_and_that_is_said() -> None:
     assert "one seed cannot tell" in findings.headline(made_up(A=[0.1], B=[0.9]))
 

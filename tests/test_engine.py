@@ -141,6 +141,16 @@ def test_a_loss_on_the_last_state_alone_or_on_one_output():
         assert_agree([z if g is None else g for g, z in zip(ours, zeros, strict=True)], expected)
 
 
+def test_a_state_that_no_step_reads_reaches_no_gradient():
+    """A row without steps may begin at NaN; its gradient is its own alone."""
+    problem = random_problem(GRU, lengths=RAGGED)
+    h_0 = problem.states[0].detach().clone()
+    h_0[2] = float("nan")
+    broken = replace(problem, states=(h_0.requires_grad_(),))
+    for target in ("stepwise", "reference"):
+        assert_agree(outcome(broken, target)["gradients"], outcome(problem, target)["gradients"])
+
+
 def test_no_steps_and_no_length_give_back_where_they_began():
     for lengths, steps in (((0, 0, 0), 4), (None, 0)):
         problem = random_problem(GRU, steps=steps, lengths=lengths)
@@ -283,7 +293,7 @@ def test_tangents_are_right_and_not_zero(name: str):
     function, reference = as_function(problem), as_function(problem, "reference")
     step = 1e-6
     ahead, behind = (reference(*(t + s * d for t, d in zip(tensors, tangents, strict=True))) for s in (step, -step))
-    _, by_func = torch.func.jvp(function, tensors, tangents)
+    by_func = torch.func.jvp(function, tensors, tangents)[1]
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]
         by_duals = [forward_ad.unpack_dual(end).tangent for end in function(*duals)]

@@ -111,6 +111,19 @@ def test_exact_zeros_are_counted_and_kept_out_of_the_mean() -> None:
     np.testing.assert_allclose(reach.share[5:], norms[5:, 0] / norms[0, 0])
 
 
+def test_a_gradient_fades_at_its_pace_until_it_leaves_the_range_of_its_type() -> None:
+    layer = Recurrent(Elman(activation=identity), 3, UNITS)
+    with torch.no_grad():
+        layer.get_parameter("weight_hh_l0").copy_(2.0**-30 * torch.eye(UNITS))
+    x, weights = inputs(1)
+    x = x.repeat(3, 1, 1)
+    single = Reach.of(last_step_norms(layer, x.float(), weights.float()))
+    double = Reach.of(last_step_norms(layer.double(), x, weights))
+    np.testing.assert_allclose(double.share, 2.0 ** (-30 * np.arange(27.0)), rtol=1e-12)  # 1e-470 if squared
+    assert single.zeros.tolist() == [0] * 5 + [1] * 22
+    assert single.half_life == pytest.approx(double.half_life, rel=1e-3)
+
+
 def test_the_mean_is_geometric_over_the_rows_there_are() -> None:
     reach = Reach.of(np.array([[2.0, 1.0, 3.0], [1.0, 2.0, np.nan], [1.0, np.nan, np.nan]]))
     np.testing.assert_allclose(reach.share, [1.0, 1.0, 0.5])

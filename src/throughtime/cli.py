@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ def compare(
     learning_rate: Annotated[float, typer.Option(help="Adam's learning rate.")] = 2e-3,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences in a mini-batch.")] = 32,
     clip: Annotated[float | None, typer.Option(help="Largest norm of the gradients; no clipping if not given.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads to compute with.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Report to write; a new throughtime-DATA.html if not given.")] = None,
 ) -> None:
     """Train cells on DATA and report their accuracy, size and speed, and how far their gradient reaches."""
@@ -96,11 +98,14 @@ def compare(
             hidden_size=hidden,
             recipe=recipe,
             seeds=seeds,
+            threads=threads,
             on_epoch=on_epoch,
         )
     _print_table(findings.table(comparison))
-    for line in (findings.headline(comparison), *task.notices):
-        typer.echo(f"{line}.")
+    for paragraph in (findings.headline(comparison) + ".", *findings.findings(comparison)):
+        typer.echo(textwrap.fill(paragraph, width=100) + "\n")
+    for notice in task.notices:
+        typer.echo(f"Note: {notice}.")
     save(render(findings.page(comparison, shlex.join(["throughtime", *sys.argv[1:]]))), path)
     typer.echo(f"Report: {path}")
 

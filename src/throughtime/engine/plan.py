@@ -330,9 +330,9 @@ class _Stager:
         roots = [node for node, _ in targets]
         self.uses = _uses_above(roots, self.done)
         stores = [_Store(self.rewrite(node), place, self.width(node)) for node, place in targets]
-        known = set(roots)
+        placed = {place for _, place in targets}
         for operand, place in self.plan.operands.items():
-            if operand not in known:
+            if place not in placed:
                 stores.append(_Store(self.rewrite(operand), place, self.width(operand)))
         self._measure([store.value for store in stores])
         self._date(stores)

@@ -157,7 +157,9 @@ class _Recurrence(torch.autograd.Function):
         if torch.is_grad_enabled() or _batched(d_output, *d_states):
             return None, None, None, *_through_reference(problem, (d_output, *d_states), needs)
         result = Result(saved[count], saved[count + 1 : count + 1 + states], saved[count + 1 + states :])
-        return None, None, None, *ctx.target.backward(problem, result, d_output, d_states, needs)
+        with torch.autocast(problem.x.device.type, enabled=False):
+            gradients = ctx.target.backward(problem, result, d_output, d_states, needs)
+        return None, None, None, *gradients
 
 
 def _through_reference(

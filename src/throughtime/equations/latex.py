@@ -477,16 +477,19 @@ class _Board:
     # -- sections -----------------------------------------------------------------------------------------------------
 
     def step(self) -> Section:
-        """The cell's own equations: the author's variables in the author's order, then the states."""
+        """The cell's own equations, in the author's order."""
         cell, script = self.cell, self.script
-        wanted = [node for node in cell.names.values() if node in self.variable]
-        inner = [n for n in expr.postorder((*wanted, *cell.next)) if n in self.variable and n not in set(cell.next)]
-        equations = [self._definition(node) for node in inner]
-        place = {node: i for i, node in enumerate(cell.nodes)}
-        for state, node in sorted(zip(cell.states, cell.next, strict=True), key=lambda pair: place[pair[1]]):
-            right = self.write(node) if node in self.defined else self.write.definition(node)
-            self.defined.add(node)
-            equations.append(Equation(script.symbol(state, time="t"), self._broken(right)))
+        states: dict[Node, list[str]] = {}
+        for state, node in zip(cell.states, cell.next, strict=True):
+            states.setdefault(node, []).append(state)
+        equations = []
+        for node in expr.postorder((*cell.names.values(), *cell.next)):
+            if node not in states and node in self.variable:
+                equations.append(self._definition(node))
+            for state in states.get(node, ()):
+                right = self.write(node) if node in self.defined else self.write.definition(node)
+                equations.append(Equation(script.symbol(state, time="t"), self._broken(right)))
+                self.defined.add(node)
         dot = self._inline(script.spelling("mul").format("", "").strip())
         words = [f"{dot} multiplies unit by unit"] if any(node.op == "mul" for node in cell.nodes) else []
         if given := [self._inline(self.write(node).text) for node in cell.nodes if node.op == "outside"]:
@@ -585,7 +588,9 @@ class _Board:
                 )
             if place < len(chain.matrices):
                 factors.append(self.script.symbol(*chain.matrices[place]))
-        return minus, " ".join(factors) or "I"
+        if not chain.matrices and all(self.write(slope).is_number for slope in chain.diagonals):
+            factors.append("I")
+        return minus, " ".join(factors)
 
     def kept(self) -> Section:
         """What the backward pass needs of each step; see `calculus.saved`."""

@@ -29,9 +29,9 @@ HARDLY = 5
 def gradient_norms(compute_loss: Callable[[], Tensor]) -> list[NDArray[np.float64]]:
     """The norm of dL/dh_{T-k} for every lag k and row, one [lags, rows] array for each recurrence that runs.
 
-    All states of a cell count as one vector. T is a row's own last computed step, and lags before its first
-    step are NaN. `compute_loss` runs the network and returns the sum (not the mean) of the rows' losses,
-    read at their ends.
+    All states of a cell count as one vector. T is a row's own last computed step, and lags before its first step are
+    NaN. `compute_loss` runs the network and returns the sum (not the mean) of the rows' losses, read at their ends. In
+    float32 what fades below 1e-38 is zero, so long sequences want a network in float64.
     """
     with torch.enable_grad(), recording() as records:
         loss = compute_loss()
@@ -43,13 +43,25 @@ def _norms_by_lag(record: Record, loss: Tensor) -> NDArray[np.float64]:
     states = [state for step in record.states for state in step]
     gradients = torch.autograd.grad(loss, states, retain_graph=True, materialize_grads=True)
     by_state = [torch.stack(gradients[part::parts]) for part in range(parts)]  # [T, B, width] each
-    norms = torch.cat(by_state, dim=2).double().norm(dim=2)  # [T, B]
+    norms = _norms(torch.cat(by_state, dim=2))  # [T, B]
 
     lengths = torch.full((norms.shape[1],), steps) if record.lengths is None else torch.tensor(record.lengths)
     last = torch.full_like(lengths, steps - 1) if record.reverse else lengths - 1
     lags = torch.arange(steps).unsqueeze(1)  # [T, 1]
     by_lag = norms.gather(0, (last - lags).clamp(min=0))
     return by_lag.masked_fill(lags >= lengths, math.nan).numpy()
+
+
+def _norms(vectors: Tensor) -> Tensor:
+    """Euclidean norms over the last dimension, also of vectors whose squares underflow.
+
+    What is below the smallest normal number of its type has lost its digits, and would look like a gradient that has
+    stopped fading: it counts as zero.
+    """
+    largest = vectors.abs().amax(dim=-1, keepdim=True)
+    scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+    norms = (vectors / scale).norm(dim=-1) * scale.squeeze(-1)
+    return norms.masked_fill(largest.squeeze(-1) < torch.finfo(vectors.dtype).tiny, 0.0).double()
 
 
 @dataclass(frozen=True)

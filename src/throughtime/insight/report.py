@@ -40,6 +40,9 @@ STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "throughtime",
 }
+FAINTEST = 1e-12
+"""Below this a share of a gradient is nothing to train on, and a picture of it would hide the rest."""
+
 SIZE = (5.2, 3.7)  # inches, at 72 units of the SVG each: readable at the width of a telephone
 
 SVG = "http://www.w3.org/2000/svg"
@@ -48,10 +51,11 @@ XLINK = "http://www.w3.org/1999/xlink"
 
 @dataclass(frozen=True)
 class Table:
-    """A table of texts, right down to the digits shown."""
+    """A table of texts, right down to the digits shown, and a note that says what they are."""
 
     header: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -171,11 +175,11 @@ def draw_reach(reaches: Mapping[str, tuple[Reach, Reach]], needed: Mapping[str, 
             colour = COLOURS[place % len(COLOURS)]
             axes.plot(before.share, color=colour, linestyle="--", linewidth=1.2, label=f"{name}, untrained")
             axes.plot(after.share, color=colour, label=f"{name}, trained", **_marks(place, len(after.share)))
+        _log_scale(axes)
         for words, lag in needed.items():
             axes.axvline(lag, color="#555555", linewidth=1, linestyle=":")
             above = ("data", "axes fraction")
             axes.annotate(words, (lag, 1.01), xycoords=above, ha="center", va="bottom", fontsize=9, color="#444444")
-        _log_scale(axes)
         axes.set_xlabel("steps before the end of the sequence")
         axes.set_ylabel("gradient left")
         axes.legend(fontsize=9)
@@ -220,9 +224,12 @@ def _axes() -> Iterator[tuple[Axes, io.StringIO]]:
 
 
 def _log_scale(axes: Axes) -> None:
-    """Make the vertical axis logarithmic, unless there is nothing that it could show."""
-    if any((np.asarray(line.get_ydata()) > 0).any() for line in axes.lines):
+    """Make the vertical axis logarithmic where values span a decade; what is below FAINTEST is cut off."""
+    values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
+    values = values[np.isfinite(values) & (values > 0)]
+    if values.size and values.max() > 10 * values.min():
         axes.set_yscale("log")
+        axes.set_ylim(bottom=max(FAINTEST, values.min() / 2))
 
 
 def _marks(place: int, points: int) -> dict[str, Any]:

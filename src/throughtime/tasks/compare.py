@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from statistics import mean, median, stdev
@@ -104,6 +106,7 @@ class Comparison:
     hidden_size: int
     recipe: Recipe
     cells: tuple[CellResult, ...]
+    threads: int = 1
 
     @property
     def seeds(self) -> int:
@@ -136,6 +139,12 @@ class Comparison:
         return self.task.vocabulary[commonest], count / len(self.task.test)
 
     @property
+    def learnt(self) -> bool:
+        """Whether the best cell beats the best constant answer by two standard errors of a test part of this size."""
+        _, share = self.baseline
+        return self.best.accuracy - share > 2 * math.sqrt(share * (1 - share) / len(self.task.test))
+
+    @property
     def lags(self) -> tuple[int, int]:
         """Steps from the end of a training sequence back to its first: of the median one and of the longest."""
         lengths = self.task.train.lengths
@@ -156,11 +165,13 @@ def compare(
     hidden_size: int = 100,
     recipe: Recipe | None = None,
     seeds: int = 3,
+    threads: int = 1,
     on_epoch: Callable[[str, int], None] | None = None,
 ) -> Comparison:
     """Train every cell with the seeds 0, 1, ... and measure it; nothing is chosen by looking at the test part.
 
-    `cells` are names of the catalogue; `on_epoch(cell, seed)` is called after each epoch.
+    `cells` are names of the catalogue; `on_epoch(cell, seed)` is called after each epoch. Small networks gain little
+    from a second thread, and lose much where other work wants the same cores: hence one, unless `threads` says more.
     """
     recipe = recipe or Recipe()
     unknown = [cell for cell in cells if cell not in COMPARABLE]
@@ -168,14 +179,25 @@ def compare(
         problem = f"no cell is called {unknown[0]!r}" if unknown else "name a cell"
         raise ThroughtimeError(f"{problem}; the cells are {', '.join(COMPARABLE)}")
     results = []
-    for cell in dict.fromkeys(cells):
-        runs = []
-        for seed in range(seeds):
-            model = build(COMPARABLE[cell], task.train, hidden_size, len(task.vocabulary), seed=seed)
-            runs.append(_run(model, task, recipe, seed, on_epoch and partial(on_epoch, COMPARABLE[cell].name, seed)))
-        parameters = sum(parameter.numel() for parameter in model.parameters())
-        results.append(CellResult(COMPARABLE[cell].name, parameters, tuple(runs)))
-    return Comparison(task, hidden_size, recipe, tuple(results))
+    with _threads(threads):
+        for cell in [COMPARABLE[name] for name in dict.fromkeys(cells)]:
+            runs = []
+            for seed in range(seeds):
+                model = build(cell, task.train, hidden_size, len(task.vocabulary), seed=seed)
+                runs.append(_run(model, task, recipe, seed, on_epoch and partial(on_epoch, cell.name, seed)))
+            parameters = sum(parameter.numel() for parameter in model.parameters())
+            results.append(CellResult(cell.name, parameters, tuple(runs)))
+    return Comparison(task, hidden_size, recipe, tuple(results), threads)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(
@@ -199,10 +221,11 @@ def _reach_norms(model: SequenceClassifier, part: Part) -> NDArray[np.float64]:
     longest = int(part.lengths.max())
     rows = min(len(part), max(1, REACH_STEPS // longest))
     chosen = torch.linspace(0, len(part) - 1, rows).long()  # evenly, for sequences may be sorted by class
-    x, lengths = pad([part.steps[i] for i in chosen])
+    x, lengths = pad([part.steps[i].double() for i in chosen])
+    exact = copy.deepcopy(model).double()  # in float32, the gradient of a long sequence leaves the range too soon
 
     def summed_loss() -> Tensor:
-        return functional.cross_entropy(model(x, lengths), part.classes[chosen], reduction="sum")
+        return functional.cross_entropy(exact(x, lengths), part.classes[chosen], reduction="sum")
 
     norms = gradient_norms(summed_loss)[0]
     beyond = np.full((longest - len(norms), norms.shape[1]), math.nan)

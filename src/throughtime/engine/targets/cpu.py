@@ -229,8 +229,9 @@ class Setting:
         self.lanes = llvm.machine().lanes(self.item)
         self.vector_bytes = self.lanes * self.item
         self.hidden = problem.hidden_size
-        projected = [s for s, w in zip(problem.sizes, self.cell.widths, strict=True) if w == "projected"]
-        self.units = {"hidden": self.hidden, "projected": projected[0] if projected else 0, "input": problem.x.shape[2]}
+        projections = [tensor for p, tensor in zip(self.cell.parameters, problem.parameters) if p.namespace == "P"]
+        projected = projections[0].shape[0] if projections else 0
+        self.units = {"hidden": self.hidden, "projected": projected, "input": problem.x.shape[2]}
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
         self.active = problem.active()
         work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)

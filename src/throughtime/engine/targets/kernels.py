@@ -134,7 +134,9 @@ class StageKernel:
         place = self.code["row"] + row
         base, stride = self.field(f"{buffer}.base"), self.field(f"{buffer}.row")
         if buffer == "d_output":
-            base = self.code.choose(self.code["opening"] > 0, self.field("d_output_open.base"), base)
+            opening = self.code["opening"] > 0
+            base = self.code.choose(opening, self.field("d_output_open.base"), base)
+            stride = self.code.choose(opening, self.field("d_output_open.row"), stride)
         return self.code.load_integer(base + place * stride) if is_pointed(buffer) else base + place * stride
 
     def load(self, leaf: Node, row: int, tile: int) -> Vector:

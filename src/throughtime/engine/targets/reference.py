@@ -37,11 +37,14 @@ def forward(problem: Problem, history: list[tuple[Tensor, ...]] | None = None) -
             states = tuple(torch.where(restart, i, s) for i, s in zip(problem.initial, states, strict=True))
         if running is None:
             states = step(problem, x_t, states, outside_t)
+            if history is not None:
+                # A node of its own for each state: c_t, say, must not be counted again on its way to h_t.
+                states = tuple(state.view_as(state) for state in states)
             outputs[t] = states[cell.output]
         else:
             # What lies past a row's end may be anything, NaN too; it must not reach a gradient even times zero.
-            x_t, *outside_t = (torch.where(running, v, torch.zeros_like(v)) for v in (x_t, *outside_t))
-            after = step(problem, x_t, states, outside_t)
+            x_t, *rest = (torch.where(running, v, torch.zeros_like(v)) for v in (x_t, *states, *outside_t))
+            after = step(problem, x_t, rest[: len(states)], rest[len(states) :])
             states = tuple(torch.where(running, new, old) for new, old in zip(after, states, strict=True))
             shown = states[cell.output]
             outputs[t] = torch.where(running, shown, torch.zeros_like(shown))
