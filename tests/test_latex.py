@@ -182,7 +182,7 @@ def check_page(cell: Cell, seed: int) -> None:
     values = named_values(cell, problem)
 
     def close(name: str, wanted: Tensor) -> None:
-        actual = values.get(name, torch.zeros(()))
+        actual = values.get(name, torch.zeros((), dtype=torch.float64))
         actual = actual.sum(-1, keepdim=True) if wanted.shape == (1,) else actual
         torch.testing.assert_close(actual.expand_as(wanted), wanted, rtol=1e-8, atol=1e-10, msg=f"{cell.name}: {name}")
 
@@ -223,11 +223,13 @@ def check_page(cell: Cell, seed: int) -> None:
     assert not blocks, "every parameter has its gradient on the page"
 
     jacobian = torch.autograd.functional.jacobian(step, tuple(state.detach() for state in problem.states))
-    values["I"] = torch.eye(problem.hidden_size, dtype=torch.float64)
-    assign(section(page, "The step Jacobian"), values)
-    for i, j in itertools.product(range(len(cell.states)), repeat=2):
-        name = f"∂{symbol(cell.states[i], time='t')}/∂{symbol(cell.states[j], time='t-1')}"
+    equations = {equation.left: equation for equation in section(page, "The step Jacobian")}
+    for (i, after_i), (j, before) in itertools.product(enumerate(cell.states), repeat=2):
+        name = f"∂{symbol(after_i, time='t')}/∂{symbol(before, time='t-1')}"
+        values["I"] = torch.eye(problem.sizes[i], dtype=torch.float64)
+        assign([*(equations.pop(left) for left in list(equations) if left[0] != "∂"), equations.pop(name)], values)
         close(name, jacobian[i][j].reshape(problem.sizes[i], problem.sizes[j]))
+    assert not equations
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -299,14 +301,14 @@ def test_names_numbers_and_signs_are_written_neatly():
     text = lines(written(Neat))
     assert "ñ_t = tanh(W_n x_t + b_n - U_n h_{t-1})" in text
     assert "α = p_n³" in text
-    assert "z2_t = where(h_{t-1} < 1e-05, -2 ñ_t, α / (1 + h_{t-1}²))" in text
+    assert "a_t = α / (1 + h_{t-1}²)" in text, "used twice by the derivative"
+    assert "z2_t = where(h_{t-1} < 1e-05, -2 ñ_t, a_t)" in text
     assert "h_t = 0.25 (z2_t - (h_{t-1} - 1)) - 0.75 h_{t-1}" in text
     in_latex = written(Neat, latex=True)
     assert r"\tilde{n}_t &= \tanh(W_n x_t + b_n - U_n h_{t-1})" in in_latex
     assert r"\alpha &= p_n^3" in in_latex
-    assert (
-        r"z_{2,t} &= \operatorname{where}(h_{t-1} < 10^{-5}, -2 \tilde{n}_t, \frac{\alpha}{1 + h_{t-1}^2})" in in_latex
-    )
+    assert r"a_t &= \frac{\alpha}{1 + h_{t-1}^2}" in in_latex
+    assert r"z_{2,t} &= \operatorname{where}(h_{t-1} < 10^{-5}, -2 \tilde{n}_t, a_t)" in in_latex
 
 
 def test_equations_stay_short_however_much_is_shared():
@@ -452,7 +454,7 @@ def test_show_prints_the_page(folder: Path, monkeypatch: pytest.MonkeyPatch, cap
     assert capsys.readouterr().out == written(CELLS["lstm-projected"], latex=True, **sizes)
     path = list(sys.path)
     assert show(monkeypatch, "own_cells:Leaky") == 0
-    assert "h_t = 0.9 h_{t-1} + 0.1 tanh(W x_t + U h_{t-1} + b)" in capsys.readouterr().out
+    assert "h_t = 0.9 h_{t-1} + 0.1 a_t" in capsys.readouterr().out
     assert sys.path == path
 
 

@@ -266,11 +266,20 @@ def operand_width(cell: Cell, operand: Node) -> str:
     return cell.width_of.get(operand, "hidden")
 
 
+def outside_width(cell: Cell, name: str) -> str:
+    """The width of the units that an outside input acts on."""
+    leaf = make("outside", (), (name,))
+    beside = {cell.width_of[n] for n in cell.nodes if n in cell.width_of and any(arg is leaf for arg in n.args)}
+    return beside.pop() if len(beside) == 1 else "hidden"
+
+
 def _width_reader(cell: Cell) -> Callable[[Node], str]:
     """The width of a node of the step or of its adjoint."""
     known = dict(cell.width_of)
+    for name in cell.outside:
+        known[make("outside", (), (name,))] = outside_width(cell, name)
     for owner, node in calculus.adjoint(cell).value.items():
-        known.setdefault(node, cell.width_of.get(owner, "hidden"))
+        known.setdefault(node, known.get(owner, "hidden"))
     return lambda node: known.get(node, "hidden")
 
 
@@ -329,7 +338,7 @@ class _Stager:
         """Fill `plan.stages` so that each target value is stored in its memory leaf."""
         roots = [node for node, _ in targets]
         self.uses = _uses_above(roots, self.done)
-        stores = [_Store(self.rewrite(node), place, self.width(node)) for node, place in targets]
+        stores = [_Store(self.rewrite(node), place, self._width_of(node, place)) for node, place in targets]
         placed = {place for _, place in targets}
         for operand, place in self.plan.operands.items():
             if place not in placed:
@@ -438,6 +447,11 @@ class _Stager:
                 widths = [self.wide[arg] for arg in node.args if arg in self.wide]
                 if widths:
                     self.wide[node] = widths[0]
+
+    def _width_of(self, node: Node, place: Node) -> str:
+        """The width of a value by where it goes: a tiled buffer says it in its name."""
+        suffix = place.data[0].split(":")[-1]
+        return suffix if suffix in ("hidden", "projected") else self.width(node)
 
     def _date(self, stores: list[_Store]) -> None:
         """When each value is written: as soon as it is known, but a carry only once nothing reads the old one."""

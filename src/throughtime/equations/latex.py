@@ -11,6 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 
 from throughtime.equations import calculus, expr
 from throughtime.equations.cell import Cell, Parameter
@@ -148,7 +149,7 @@ class Script:
             letter = "".join(character + "\u0305" for character in letter)
         elif bar:
             mark += "\u0304"
-        letter += mark
+        letter = unicodedata.normalize("NFC", letter + mark)
         letter += below if below.isdigit() else below and f"_{below}"
         when = f"_{{{time}}}" if len(time) > 1 else time and f"_{time}"
         return letter + (gate and f"_{gate}") + when
@@ -412,6 +413,8 @@ class _Board:
                 self.write.names[node] = _one(self.script.symbol(name, time="t" if node in moving else ""))
 
         moving |= set(cell.next)
+        for sequence in cell.per_sequence:
+            self.write.names[make("outside", (), (sequence,))] = _one(self.script.symbol(sequence))
         for state, node in zip(cell.states, cell.next, strict=True):
             name(node, state)
         for variable, node in cell.names.items():
@@ -459,7 +462,7 @@ class _Board:
         uses = Counter(arg for node in order for arg in set(node.args))
         length: dict[Node, int] = {}
         for node in order:
-            length[node] = 1 if node in self.write.names else 1 + sum(length[arg] for arg in node.args)
+            length[node] = 1 if node in self.write.names else 1 + sum(length[arg] for arg in set(node.args))
             if length[node] > long and uses[node] > 1 and not node.is_condition:
                 length[node] = 1
                 yield node
@@ -577,20 +580,21 @@ class _Board:
         return Section("The step Jacobian", note, tuple(equations))
 
     def _chain(self, chain: calculus.Chain) -> tuple[bool, str]:
-        factors, minus = [], False
+        script, minus = self.script, False
+        numbers: list[str] = []
+        factors: list[str] = []
         for place, slope in enumerate(chain.diagonals):
             piece = self.write(slope)
             minus ^= piece.minus
             piece = piece.negative if piece.minus else piece
-            if piece.text != "1":
-                factors.append(
-                    piece.text if piece.is_number else self.script.diagonal.format(self.script.bracket(piece.text))
-                )
+            if not piece.is_number:
+                factors.append(script.diagonal.format(script.bracket(piece.text)))
+            elif piece.text != "1":
+                numbers.append(piece.text)
             if place < len(chain.matrices):
-                factors.append(self.script.symbol(*chain.matrices[place]))
-        if not chain.matrices and all(self.write(slope).is_number for slope in chain.diagonals):
-            factors.append("I")
-        return minus, " ".join(factors)
+                factors.append(script.symbol(*chain.matrices[place]))
+        scale = [reduce(script.times.format, numbers)] if numbers else []
+        return minus, " ".join([*scale, *(factors or ["I"])])
 
     def kept(self) -> Section:
         """What the backward pass needs of each step; see `calculus.saved`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -145,8 +146,11 @@ def draw_accuracy(accuracies: Mapping[str, Sequence[float]], baseline: float) ->
         highest = 100 * max(max(values) for values in accuracies.values())
         if 100 * baseline > lowest - 15:
             lowest = min(lowest, 100 * baseline)
-            axes.axhline(100 * baseline, color="#555555", linestyle=":", label="best constant answer")
-            axes.legend()
+            axes.axhline(100 * baseline, color="#555555", linestyle=":")
+            right: Any = ("axes fraction", "data")
+            axes.annotate(
+                "best constant answer", (1, 100 * baseline), xycoords=right, ha="right", va="bottom", fontsize=9
+            )
         # Ten points at least, so that differences of a few sequences look as small as they are.
         top = min(highest + 1, 100.5)
         axes.set_ylim(min(lowest - 1, top - 10), top)
@@ -161,6 +165,7 @@ def draw_curves(curves: Mapping[str, NDArray[np.float64]], ylabel: str, *, log: 
             axes.plot(epochs, seeds.T, color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(epochs, seeds.mean(axis=0), color=colour, label=name, **_marks(place, len(epochs)))
         axes.set_xlabel("epoch")
+        _whole_ticks(axes)
         axes.set_ylabel(ylabel)
         if log:
             _log_scale(axes)
@@ -170,16 +175,21 @@ def draw_curves(curves: Mapping[str, NDArray[np.float64]], ylabel: str, *, log: 
 
 def draw_reach(reaches: Mapping[str, tuple[Reach, Reach]], needed: Mapping[str, int]) -> str:
     """Share of the gradient by lag for each cell, before training (dashed) and after; `needed` marks lags by name."""
+    shown = _shown_lags([reach for pair in reaches.values() for reach in pair])
     with _axes() as (axes, svg):
         for place, (name, (before, after)) in enumerate(reaches.items()):
             colour = COLOURS[place % len(COLOURS)]
             axes.plot(before.share, color=colour, linestyle="--", linewidth=1.2, label=f"{name}, untrained")
-            axes.plot(after.share, color=colour, label=f"{name}, trained", **_marks(place, len(after.share)))
+            axes.plot(after.share, color=colour, label=f"{name}, trained", **_marks(place, shown + 1))
         _log_scale(axes)
+        _whole_ticks(axes)
+        axes.set_xlim(-0.04 * shown, 1.04 * shown)
         for words, lag in needed.items():
-            axes.axvline(lag, color="#555555", linewidth=1, linestyle=":")
-            above = ("data", "axes fraction")
-            axes.annotate(words, (lag, 1.01), xycoords=above, ha="center", va="bottom", fontsize=9, color="#444444")
+            if lag <= shown:
+                axes.axvline(lag, color="#555555", linewidth=1, linestyle=":")
+                _above(axes, words, lag, "center")
+        if beyond := [f"{words} {lag}" for words, lag in needed.items() if lag > shown]:
+            _above(axes, f"{', '.join(beyond)} →", 1.04 * shown, "right")
         axes.set_xlabel("steps before the end of the sequence")
         axes.set_ylabel("gradient left")
         axes.legend(fontsize=9)
@@ -223,13 +233,31 @@ def _axes() -> Iterator[tuple[Axes, io.StringIO]]:
         figure.savefig(svg, format="svg", metadata={"Date": None})
 
 
+def _shown_lags(reaches: Sequence[Reach]) -> int:
+    """The longest lag to show: all of them, or a little more than those at which anything is left to see."""
+    longest = max(len(reach.share) for reach in reaches) - 1
+    seen = max(int(np.flatnonzero(reach.share >= FAINTEST).max(initial=1)) for reach in reaches)
+    return max(1, min(longest, math.ceil(1.25 * seen)))
+
+
+def _above(axes: Axes, words: str, place: float, alignment: str) -> None:
+    where: Any = ("data", "axes fraction")
+    axes.annotate(words, (place, 1.01), xycoords=where, ha=alignment, va="bottom", fontsize=9, color="#444444")
+
+
+def _whole_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins="auto", integer=True, min_n_ticks=1))
+
+
 def _log_scale(axes: Axes) -> None:
     """Make the vertical axis logarithmic where values span a decade; what is below FAINTEST is cut off."""
     values = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines])
     values = values[np.isfinite(values) & (values > 0)]
     if values.size and values.max() > 10 * values.min():
         axes.set_yscale("log")
-        axes.set_ylim(bottom=max(FAINTEST, values.min() / 2))
+        axes.set_ylim(max(FAINTEST, values.min() / 2), 2 * values.max())
 
 
 def _marks(place: int, points: int) -> dict[str, Any]:

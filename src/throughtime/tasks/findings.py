@@ -124,10 +124,12 @@ def facts(comparison: Comparison, command: str) -> dict[str, str]:
     """How it was run: enough to run it again."""
     task, recipe = comparison.task, comparison.recipe
     lengths = torch.cat([task.train.lengths, task.test.lengths])
+    shortest, longest = int(lengths.min()), int(lengths.max())
+    steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     return {
         "command": command,
-        "data": f"{task.source}: {len(task.train)} training and {len(task.test)} test sequences of {lengths.min()} to"
-        f" {lengths.max()} steps, {len(task.features)} features, {len(task.vocabulary)} classes",
+        "data": f"{task.source}: {len(task.train)} training and {len(task.test)} test sequences of {steps} steps,"
+        f" {len(task.features)} features, {len(task.vocabulary)} classes",
         "split": f"{task.split}; features scaled by the mean and deviation of the training part",
         "network": f"one layer of {comparison.hidden_size} units, read out at the last step",
         "training": f"Adam, learning rate {recipe.learning_rate:g}, {recipe.epochs} epochs, batches of"

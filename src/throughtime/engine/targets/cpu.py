@@ -282,7 +282,11 @@ class Setting:
         value = self.problem.outside[place]
         if place >= len(self.cell.per_step):
             value = value.expand(self.problem.steps, *value.shape)
-        return value.expand(*value.shape[:2], self.hidden)
+        return value.expand(*value.shape[:2], self.outside_units(place))
+
+    def outside_units(self, place: int) -> int:
+        """How many units an outside input acts on."""
+        return self.units[plans.outside_width(self.cell, self.cell.outside[place])]
 
     def rows_of(self, buffer: str, tensor: Tensor) -> None:
         """A buffer that is the rows [B, width] of a tensor."""
@@ -615,8 +619,8 @@ class _Backward(Setting):
             self.d_x_direct = torch.zeros_like(x)
             self.steps_of("d_x_direct", self.d_x_direct)
         self.d_outside = []
-        for name in cell.outside:
-            d = x.new_zeros(problem.steps, problem.rows, self.hidden)
+        for place, name in enumerate(cell.outside):
+            d = x.new_zeros(problem.steps, problem.rows, self.outside_units(place))
             self.d_outside.append(d)
             self.steps_of(f"d_outside:{name}", d)
         self.d_start = [torch.zeros_like(s, memory_format=torch.contiguous_format) for s in problem.states]
@@ -786,7 +790,7 @@ class _Backward(Setting):
         d_outside = []
         for i, (d, value) in enumerate(zip(self.d_outside, problem.outside, strict=True)):
             d = d if i < len(cell.per_step) else d.sum(0)
-            d_outside.append(d.sum(-1, keepdim=True) if value.shape[-1] == 1 and self.hidden != 1 else d)
+            d_outside.append(d.sum(-1, keepdim=True) if value.shape[-1] < d.shape[-1] else d)
         groups = [[self.d_x], self.d_start, self.d_parameters, d_outside, self.d_initial]
         return tuple(
             d if need else None
