@@ -106,10 +106,11 @@ def _beyond_adjoints() -> str | None:
     return None
 
 
-def _batched(*tensors: Tensor) -> bool:
+def _batched(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a backward pass runs under vmap, as for `is_grads_batched=True` and `jacobian(vectorize=True)`."""
     functorch = torch._C._functorch
-    return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in tensors)
+    given = [tensor for tensor in tensors if tensor is not None]
+    return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in given)
 
 
 def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -145,16 +146,17 @@ class _Recurrence(torch.autograd.Function):
         result = target.forward(problem, save)
         # autograd alone holds the tensors, so that it can free or offload them and notices what changes them in place
         ctx.problem, ctx.target = problem.with_tensors([None] * len(tensors)), target
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, result.output, *result.states, *result.workspace)
         return result.output, *result.states
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor, *d_states: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor | None, *d_states: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         count, states = len(ctx.problem.tensors), len(ctx.problem.states)
         problem = ctx.problem.with_tensors(saved[:count])
         needs = ctx.needs_input_grad[3:]
-        if torch.is_grad_enabled() or _batched(d_output, *d_states):
+        if torch.is_grad_enabled() or _batched((d_output, *d_states)):
             return None, None, None, *_through_reference(problem, (d_output, *d_states), needs)
         result = Result(saved[count], saved[count + 1 : count + 1 + states], saved[count + 1 + states :])
         with torch.autocast(problem.x.device.type, enabled=False):
@@ -163,7 +165,7 @@ class _Recurrence(torch.autograd.Function):
 
 
 def _through_reference(
-    problem: Problem, d_outputs: Sequence[Tensor], needs: Sequence[bool]
+    problem: Problem, d_outputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """A backward pass that can be differentiated (create_graph=True) and batched: autograd through the reference."""
     again = torch.is_grad_enabled()
@@ -172,7 +174,8 @@ def _through_reference(
         problem = problem.with_tensors([tensor.view_as(tensor) for tensor in problem.tensors])
         wanted = [tensor for tensor, need in zip(problem.tensors, needs, strict=True) if need]
         result = reference.forward(problem)
-    outputs = [(o, d) for o, d in zip((result.output, *result.states), d_outputs, strict=True) if o.requires_grad]
+    pairs = zip((result.output, *result.states), d_outputs, strict=True)
+    outputs = [(o, d) for o, d in pairs if o.requires_grad and d is not None]
     found = iter(
         torch.autograd.grad(
             [o for o, _ in outputs], wanted, [d for _, d in outputs], create_graph=again, allow_unused=True

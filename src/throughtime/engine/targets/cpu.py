@@ -8,6 +8,9 @@ backward pass, which orders the sums of the weight gradients, depends on the siz
 from __future__ import annotations
 
 import ctypes
+import os
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
@@ -32,6 +35,9 @@ RING_BYTES = 512 * 1024
 
 RING_ROWS = 128
 """The fewest rows a block of the backward pass should have, so that the gradients it adds to are not read too often."""
+
+STREAMED_BYTES = 6 * 1024 * 1024
+"""Saved values of more than this are written past the caches, which they would only sweep clean."""
 
 ALONE = 1_000_000
 """Multiply-adds of a whole run below which one thread is quicker than the meeting of several."""
@@ -58,8 +64,8 @@ def refusal(problem: Problem) -> str | None:
 class Compiled:
     """The driver of one cell, direction and format, and the kernels that have been needed so far."""
 
-    def __init__(self, cell: Cell, itemsize: int, direction: str, save: bool) -> None:
-        self.cell, self.itemsize, self.save = cell, itemsize, save
+    def __init__(self, cell: Cell, itemsize: int, direction: str, save: bool, streaming: bool) -> None:
+        self.cell, self.itemsize, self.save, self.streaming = cell, itemsize, save, streaming
         self.plan: Plan = plans.backward(cell) if direction == "backward" else plans.forward(cell)
         self.frame = drivers.frame_of(cell, self.plan)
         self.stages = drivers.stages_of(self.plan, cell)
@@ -96,27 +102,26 @@ class Compiled:
                 for width in tiling(end - begin, at_once):
                     partial = end * lanes > units
                     if partial:
-                        self._kernel(stage, kernels.Shape(height, width, tail=True))
+                        self.kernel(stage, kernels.Shape(height, width, tail=True))
                     if not partial or end - begin > width:
-                        self._kernel(stage, kernels.Shape(height, width, tail=False))
+                        self.kernel(stage, kernels.Shape(height, width, tail=False))
 
-    def _kernel(self, stage: Stage, shape: kernels.Shape) -> None:
+    def kernel(self, stage: Stage, shape: kernels.Shape) -> None:
         number = next(i for i, s in enumerate(self.stages) if s.name == stage.name)
         place = ((number * 2 + shape.tail) * (LIMIT + 1) + shape.rows) * (LIMIT + 1) + shape.tiles
         if self.table[place]:
             return
-        key = (*self.key, stage.name, self.save, shape)
-
-        def write() -> str:
-            return kernels.StageKernel("kernel", self.plan, stage, shape, self.frame, self.itemsize, self.save).text()
-
-        self.table[place] = cache.function(key, "kernel", write)
+        key = (*self.key, stage.name, self.save, self.streaming, shape)
+        kind = (self.frame, self.itemsize, self.save, self.streaming)
+        self.table[place] = cache.function(
+            key, "kernel", lambda: kernels.StageKernel("kernel", self.plan, stage, shape, *kind).text()
+        )
 
 
 @remembered
-def compiled(cell: Cell, itemsize: int, direction: str, save: bool) -> Compiled:
+def compiled(cell: Cell, itemsize: int, direction: str, save: bool, streaming: bool) -> Compiled:
     """The code of a cell; made once per process, loaded from the cache where it is there."""
-    return Compiled(cell, itemsize, direction, save)
+    return Compiled(cell, itemsize, direction, save, streaming)
 
 
 @remembered
@@ -137,6 +142,13 @@ def columns(itemsize: int, slots: int, operand: int) -> int:
     """The kernel that sums a ring's slots, times an operand's few numbers if there are any."""
     write = lambda: kernels.column_kernel("kernel", slots, operand, itemsize)  # noqa: E731
     return cache.function(("columns", itemsize, slots, operand), "kernel", write)
+
+
+@remembered
+def dot(itemsize: int, slots: int, first: int, products: int, count: int) -> int:
+    """The kernel that takes the gradient of an x of few numbers."""
+    write = lambda: kernels.dot_kernel("kernel", slots, first, products, count, itemsize)  # noqa: E731
+    return cache.function(("dot", itemsize, slots, first, products, count), "kernel", write)
 
 
 _OUTER_PLACES = 2 * (OUTER_ROWS + 1) * (OUTER_COLUMNS + 1)
@@ -180,11 +192,15 @@ def outer(itemsize: int, units: int, operand: int) -> int:
 
 @dataclass(frozen=True)
 class Share:
-    """One thread's rows of the batch (first, step, how many) and whether it takes only its part of the units."""
+    """One thread's rows of the batch: the first, the step from one to the next, how many."""
 
     first: int
     stride: int
     count: int
+
+    def running(self, rows: int) -> int:
+        """How many of its rows are among the first `rows` of the batch."""
+        return max(0, min(self.count, -(-(rows - self.first) // self.stride)))
 
 
 @dataclass(frozen=True)
@@ -202,119 +218,120 @@ class Sharing:
         return total * thread // threads, total * (thread + 1) // threads
 
 
+@remembered
 def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int) -> Sharing:
     """Rows where there are enough of them, else units where there are enough of those, else one thread."""
     if threads > 1 and work >= ALONE:
-        if rows >= 8 * threads:
-            if ragged:
-                return Sharing(tuple(Share(k, threads, -(-(rows - k) // threads)) for k in range(threads)), False)
+        if ragged and rows >= 2 * threads:
+            return Sharing(tuple(Share(k, threads, -(-(rows - k) // threads)) for k in range(threads)), False)
+        if rows >= 8 * threads or (rows >= 2 * threads and tiles < 4 * threads):
+            pieces = -(-rows // 8)  # whole pieces of eight where there are plenty of them
             edges = [rows * k // threads for k in range(threads + 1)]
-            if rows % (8 * threads):
-                edges = [min(rows, -(-edge // 8) * 8) if rows >= 32 * threads else edge for edge in edges]
+            if pieces >= 4 * threads:
+                edges = [min(rows, 8 * (pieces * k // threads)) for k in range(threads)] + [rows]
             return Sharing(tuple(Share(a, 1, b - a) for a, b in zip(edges, edges[1:], strict=False)), False)
         if tiles >= 4 * threads and work >= 8 * ALONE:
             return Sharing(tuple(Share(0, 1, rows) for _ in range(threads)), True)
-        if rows >= 2 * threads:
-            edges = [rows * k // threads for k in range(threads + 1)]
-            return Sharing(tuple(Share(a, 1, b - a) for a, b in zip(edges, edges[1:], strict=False)), False)
     return Sharing((Share(0, 1, rows),), False)
 
 
 class Setting:
-    """The sizes of one run, and the fields that every thread's frame has in common."""
+    """Everything of one run that the sizes decide: buffers, kernels, and a frame for each thread.
 
-    def __init__(self, problem: Problem, code: Compiled) -> None:
-        self.problem, self.code, self.cell = problem, code, problem.cell
+    It is made once for a set of sizes and used again; a run only points it at its tensors. A setting serves one run at
+    a time.
+    """
+
+    def __init__(self, problem: Problem, code: Compiled, shared: Sharing) -> None:
+        self.code, self.cell, self.sharing = code, problem.cell, shared
+        self.steps, self.rows, inputs = problem.x.shape
+        self.dtype = problem.x.dtype
         self.item = problem.x.element_size()
         self.lanes = llvm.machine().lanes(self.item)
         self.vector_bytes = self.lanes * self.item
-        self.hidden = problem.hidden_size
-        projections = [tensor for p, tensor in zip(self.cell.parameters, problem.parameters) if p.namespace == "P"]
+        projections = [t for p, t in zip(self.cell.parameters, problem.parameters, strict=True) if p.namespace == "P"]
         projected = projections[0].shape[0] if projections else 0
-        self.units = {"hidden": self.hidden, "projected": projected, "input": problem.x.shape[2]}
+        self.units = {"hidden": problem.hidden_size, "projected": projected, "input": inputs}
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
-        self.active = problem.active()
-        work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
-        self.sharing = sharing(
-            torch.get_num_threads(), problem.rows, self.tiles["hidden"], problem.lengths is not None, work
-        )
+        self.sizes = problem.sizes
+        self.reverse = problem.reverse
         self.arena = memory.Arena()
+        self.place = code.frame.place
+        self.frames = [(ctypes.c_int64 * len(self.place))() for _ in shared.shares]
+        self.addresses = [ctypes.addressof(frame) for frame in self.frames]
+        self.zeroed: list[tuple[int, int]] = []
         self.values: dict[str, int] = {}
-        self.common()
-
-    def common(self) -> None:
-        """Fields of sizes, of the weights and of the rows that are read."""
-        problem, values = self.problem, self.values
-        values["yield"] = gang.yield_address()
-        values["steps"] = values["phase.last"] = problem.steps
-        values["reverse"] = int(problem.reverse)
-        values["rows.batch"] = problem.rows
-        values["active"] = self.arena.integers(self.active)
-        values["kernels"] = ctypes.addressof(self.code.table)
-        values["tile_limits"] = ctypes.addressof(self.code.limits)
-        values["transpose"] = transpose(self.item)
-        for width, units in self.units.items():
-            values[f"tiles:{width}"] = values[f"tiles.last:{width}"] = self.tiles[width]
-            values[f"units:{width}"] = units
-            values[f"lanes:{width}"] = units - (self.tiles[width] - 1) * self.lanes
-        self.parameters = [tensor.contiguous() for tensor in problem.parameters]
-        for parameter, tensor in zip(self.cell.parameters, self.parameters, strict=True):
-            size = tensor.numel() // len(parameter.gates) * self.item
-            for i, gate in enumerate(parameter.gates):
-                values[f"weight:{parameter.namespace}.{gate}"] = tensor.data_ptr() + i * size
         self.given: list[Tensor] = []
-        self.steps_of("x", problem.x)
-        for place, name in enumerate(self.cell.outside):
-            self.steps_of(f"outside:{name}", self.outside(place))
-        for i, state in enumerate(self.cell.states):
-            self.rows_of(f"start:{state}", problem.states[i])
-            if problem.initial:
-                self.rows_of(f"initial:{state}", problem.initial[i])
-        if problem.reset is not None:
-            reset = problem.reset.contiguous()
-            self.given.append(reset)
-            values["reset"] = reset.data_ptr()
+        self._common()
+
+    # fields
+
+    def put(self, name: str, value: int) -> None:
+        """Set a field of every thread's frame."""
+        self.values[name] = value
+        i = self.place[name]
+        for frame in self.frames:
+            frame[i] = value
+
+    def put_for(self, thread: int, name: str, value: int) -> None:
+        """Set a field of one thread's frame."""
+        self.frames[thread][self.place[name]] = value
+
+    def _common(self) -> None:
+        self.put("yield", gang.yield_address())
+        self.put("steps", self.steps)
+        self.put("phase.last", self.steps)
+        self.put("reverse", int(self.reverse))
+        self.put("rows.batch", self.rows)
+        self.put("kernels", ctypes.addressof(self.code.table))
+        self.put("tile_limits", ctypes.addressof(self.code.limits))
+        self.put("transpose", transpose(self.item))
+        self.put("threads", len(self.frames))
+        self.put("units_shared", int(self.sharing.units_shared))
+        self.put("barrier", self.cleared(64))
+        self.active_place = self.arena.bytes(8 * self.steps)
+        self.put("active", self.active_place)
+        self._set_active([self.rows] * self.steps)
+        for width, units in self.units.items():
+            self.put(f"tiles:{width}", self.tiles[width])
+            self.put(f"units:{width}", units)
+            self.put(f"lanes:{width}", units - (self.tiles[width] - 1) * self.lanes)
         for width, slots in self.code.plan.vectors.items():
-            values[f"vectors:{width}.tile"] = len(slots) * self.vector_bytes
+            self.put(f"vectors:{width}.tile", len(slots) * self.vector_bytes)
+            self.put(f"vectors:{width}.base", self.arena.bytes(self.tiles[width] * len(slots) * self.vector_bytes))
+        for thread, share in enumerate(self.sharing.shares):
+            self.put_for(thread, "thread", thread)
+            self.put_for(thread, "rows.first", share.first)
+            self.put_for(thread, "rows.stride", share.stride)
+            self.put_for(thread, "rows.count", share.count)
+            for width in self.units:
+                first, last = self.sharing.tiles(thread, self.tiles[width])
+                self.put_for(thread, f"tiles.first:{width}", first)
+                self.put_for(thread, f"tiles.last:{width}", last)
 
-    def outside(self, place: int) -> Tensor:
-        """An outside input as [T, B, H]; one number per row is spread over the units, by copy."""
-        value = self.problem.outside[place]
-        if place >= len(self.cell.per_step):
-            value = value.expand(self.problem.steps, *value.shape)
-        return value.expand(*value.shape[:2], self.outside_units(place))
+    def _set_active(self, active: list[int]) -> None:
+        """How many rows run at each step."""
+        self.active = active
+        (ctypes.c_int64 * self.steps).from_address(self.active_place)[:] = active
 
-    def outside_units(self, place: int) -> int:
-        """How many units an outside input acts on."""
-        return self.units[plans.outside_width(self.cell, self.cell.outside[place])]
+    # buffers
 
-    def rows_of(self, buffer: str, tensor: Tensor) -> None:
-        """A buffer that is the rows [B, width] of a tensor."""
-        tensor = self.readable(tensor)
-        self.values[f"{buffer}.base"] = self.values[f"{buffer}.origin"] = tensor.data_ptr()
-        self.values[f"{buffer}.size"] = tensor.stride(0) * self.item
-
-    def steps_of(self, buffer: str, tensor: Tensor) -> None:
-        """A buffer that is the rows of each step of a tensor [T, B, width]."""
-        tensor = self.readable(tensor)
-        self.values[f"{buffer}.origin"] = tensor.data_ptr()
-        self.values[f"{buffer}.step"] = tensor.stride(0) * self.item
-        self.values[f"{buffer}.size"] = tensor.stride(1) * self.item
-
-    def readable(self, tensor: Tensor) -> Tensor:
-        """The tensor, copied if its rows are not runs of numbers; kept until the run is over."""
-        if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            tensor = tensor.contiguous()
-        self.given.append(tensor)
-        return tensor
+    def cleared(self, size: int) -> int:
+        """Scratch that is zero when a run begins."""
+        address = self.arena.bytes(size)
+        self.zeroed.append((address, size))
+        return address
 
     def tiled(self, buffer: str, rows: int, width: str, slots: int) -> None:
-        """A scratch buffer [rows][tiles][slots] of vectors for each thread or for all."""
-        values = self.values
-        values[f"{buffer}.tile"] = slots * self.vector_bytes
-        values[f"{buffer}.row"] = values[f"{buffer}.size"] = self.tiles[width] * slots * self.vector_bytes
-        base = self.arena.bytes(rows * values[f"{buffer}.row"])
-        values[f"{buffer}.base"] = values[f"{buffer}.origin"] = base
+        """A scratch buffer [rows][tiles][slots] of vectors that all threads see."""
+        row = self.tiles[width] * slots * self.vector_bytes
+        base = self.arena.bytes(rows * row)
+        parts = {"tile": slots * self.vector_bytes, "row": row, "size": row, "base": base, "origin": base}
+        for part, value in parts.items():
+            self.put(f"{buffer}.{part}", value)
+        for thread, share in enumerate(self.sharing.shares):
+            self.put_for(thread, f"{buffer}.base", base + share.first * row)
+            self.put_for(thread, f"{buffer}.row", share.stride * row)
 
     def panel(self, stage: Stage) -> None:
         """Room for the packed weights of a stage."""
@@ -328,62 +345,149 @@ class Setting:
                 size = self.tiles[source.split(":")[1]] * self.lanes * slots * self.vector_bytes
             else:
                 size = self.values[f"{source}.count"] * len(group.products) * self.vector_bytes
-            self.values[f"{name}.tile"] = size
-            self.values[f"{name}.base"] = self.arena.bytes(self.tiles[stage.width] * size)
+            self.put(f"{name}.tile", size)
+            self.put(f"{name}.base", self.arena.bytes(self.tiles[stage.width] * size))
 
-    def frames(self) -> list[ctypes.Array[ctypes.c_int64]]:
-        """A frame for each thread, alike but for the thread's share and its private buffers."""
-        place = self.code.frame.place
-        base = (ctypes.c_int64 * len(place))()
-        self.values["threads"] = len(self.sharing.shares)
-        self.values["units_shared"] = int(self.sharing.units_shared)
-        self.values["barrier"] = self.arena.integers([0] * 16)
-        for name, value in self.values.items():
-            base[place[name]] = value
-        frames = []
-        for thread, share in enumerate(self.sharing.shares):
-            frame = (ctypes.c_int64 * len(place))()
-            ctypes.memmove(frame, base, ctypes.sizeof(base))
-            own = {"thread": thread, "rows.first": share.first, "rows.stride": share.stride, "rows.count": share.count}
-            for width in self.units:
-                first, last = self.sharing.tiles(thread, self.tiles[width])
-                own[f"tiles.first:{width}"], own[f"tiles.last:{width}"] = first, last
-            own |= self.private(thread, share)
-            for name, value in own.items():
-                frame[place[name]] = value
-            frames.append(frame)
-        return frames
+    # pointing at tensors
 
-    def private(self, thread: int, share: Share) -> dict[str, int]:
-        """Fields that differ from thread to thread."""
-        return {}
+    def bind(self, problem: Problem) -> None:
+        """Point at the tensors that both directions read."""
+        self.given = []
+        for parameter, tensor in zip(self.cell.parameters, problem.parameters, strict=True):
+            tensor = tensor.contiguous()
+            self.given.append(tensor)
+            size = tensor.numel() // len(parameter.gates) * self.item
+            start = tensor.data_ptr()
+            for i, gate in enumerate(parameter.gates):
+                self.put(f"weight:{parameter.namespace}.{gate}", start + i * size)
+        self.steps_of("x", problem.x)
+        for i, name in enumerate(self.cell.outside):
+            value = problem.outside[i]
+            if i >= len(self.cell.per_step):
+                value = value.expand(self.steps, *value.shape)
+            self.steps_of(f"outside:{name}", value.expand(self.steps, self.rows, self.outside_units(i)))
+        for i, state in enumerate(self.cell.states):
+            self.rows_of(f"start:{state}", problem.states[i])
+            if problem.initial:
+                self.rows_of(f"initial:{state}", problem.initial[i])
+        if problem.reset is not None:
+            reset = problem.reset.contiguous()
+            self.given.append(reset)
+            self.put("reset", reset.data_ptr())
+        if problem.lengths is not None:
+            self._set_active(problem.active())
+
+    def outside_units(self, place: int) -> int:
+        """How many units an outside input acts on."""
+        return self.units[plans.outside_width(self.cell, self.cell.outside[place])]
+
+    def rows_of(self, buffer: str, tensor: Tensor) -> None:
+        """A buffer that is the rows [B, width] of a tensor."""
+        tensor = self._readable(tensor)
+        start = tensor.data_ptr()
+        self.put(f"{buffer}.base", start)
+        self.put(f"{buffer}.origin", start)
+        self.put(f"{buffer}.size", tensor.stride(0) * self.item)
+
+    def steps_of(self, buffer: str, tensor: Tensor) -> None:
+        """A buffer that is the rows of each step of a tensor [T, B, width]."""
+        tensor = self._readable(tensor)
+        self.put(f"{buffer}.origin", tensor.data_ptr())
+        self.put(f"{buffer}.step", tensor.stride(0) * self.item)
+        self.put(f"{buffer}.size", tensor.stride(1) * self.item)
+
+    def _readable(self, tensor: Tensor) -> Tensor:
+        """The tensor, copied if its rows are not runs of numbers; kept until the run is over."""
+        if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            tensor = tensor.contiguous()
+        self.given.append(tensor)
+        return tensor
+
+    # running
 
     def counts(self, share: Share) -> list[int]:
         """The different numbers of rows that a thread has at a step."""
-        found = {max(0, min(share.count, -(-(n - share.first) // share.stride))) for n in set(self.active)}
-        return sorted(found - {0})
+        return sorted({share.running(n) for n in set(self.active)} - {0})
 
     def tile_ranges(self, width: str) -> list[tuple[int, int]]:
         """The ranges of tiles that threads take in the loop."""
-        return sorted({self.sharing.tiles(k, self.tiles[width]) for k in range(len(self.sharing.shares))})
+        return sorted({self.sharing.tiles(k, self.tiles[width]) for k in range(len(self.frames))})
 
-    def execute(self) -> None:
+    def execute(self, crew: gang.Gang | None) -> None:
         """Run the driver on every thread's frame and wait for all of them."""
-        with gang.gathered(len(self.sharing.shares)) as crew:
-            if crew is None and len(self.sharing.shares) > 1:
-                shares = (Share(0, 1, self.problem.rows),)
-                self.sharing = Sharing(shares, False)
-            self.ready()
-            frames = self.frames()
-            addresses = [ctypes.addressof(frame) for frame in frames]
-            if crew is None:
-                gang.Function(self.code.driver)(addresses[0])
-            else:
-                crew.run(self.code.driver, addresses)
+        for address, size in self.zeroed:
+            ctypes.memset(address, 0, size)
+        if crew is None:
+            gang.Function(self.code.driver)(self.addresses[0])
+        else:
+            crew.run(self.code.driver, self.addresses)
 
-    def ready(self) -> None:
-        """Buffers and kernels for the sharing that was settled on."""
-        raise NotImplementedError
+    def drop(self) -> None:
+        """Let go of the tensors of a run."""
+        self.given = []
+
+
+class Settings:
+    """Settings that are not in use, the last used ones, so that a run of known sizes finds everything prepared."""
+
+    KEPT = 24
+    KEPT_BYTES = 1 << 28
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.idle: OrderedDict[tuple[object, ...], list[Setting]] = OrderedDict()
+
+    def take(self, key: tuple[object, ...]) -> Setting | None:
+        """An idle setting for these sizes, if there is one."""
+        with self.lock:
+            found = self.idle.get(key)
+            return found.pop() if found else None
+
+    def give(self, key: tuple[object, ...], setting: Setting) -> None:
+        """Keep a setting for later; the longest unused ones go when there are too many."""
+        setting.drop()
+        with self.lock:
+            self.idle.setdefault(key, []).append(setting)
+            self.idle.move_to_end(key)
+            while len(self.idle) > self.KEPT or (len(self.idle) > 1 and self._bytes() > self.KEPT_BYTES):
+                for old in self.idle.popitem(last=False)[1]:
+                    old.arena.release()
+
+    def _bytes(self) -> int:
+        return sum(setting.arena.size for settings in self.idle.values() for setting in settings)
+
+
+_settings = Settings()
+
+
+def _forget() -> None:
+    """A forked child keeps what was prepared, under a lock that nobody holds."""
+    _settings.lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)
+
+
+def _sharing_of(problem: Problem) -> Sharing:
+    work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
+    lanes = llvm.machine().lanes(problem.x.element_size())
+    tiles = -(-problem.hidden_size // lanes)
+    return sharing(torch.get_num_threads(), problem.rows, tiles, problem.lengths is not None, work)
+
+
+def _sizes(problem: Problem) -> tuple[object, ...]:
+    """What settings differ by, besides direction and threads."""
+    return (
+        problem.cell.hash,
+        problem.x.shape,
+        problem.x.dtype,
+        tuple(p.shape for p in problem.parameters),
+        tuple(o.shape for o in problem.outside),
+        problem.lengths is not None,
+        problem.reset is not None,
+        problem.reverse,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -392,126 +496,136 @@ class Setting:
 
 def forward(problem: Problem, save: bool) -> Result:
     """Run the recurrence; with `save`, the workspace is what the backward run wants to see again."""
-    return _Forward(problem, save).run()
+    wanted = _sharing_of(problem)
+    with gang.gathered(len(wanted.shares)) as crew:
+        shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
+        key = ("forward", save, len(shared.shares), *_sizes(problem))
+        setting = _settings.take(key) or _Forward(problem, save, shared)
+        assert isinstance(setting, _Forward)
+        result = setting.run(problem, crew)
+        _settings.give(key, setting)
+        return result
 
 
 class _Forward(Setting):
-    def __init__(self, problem: Problem, save: bool) -> None:
+    def __init__(self, problem: Problem, save: bool, shared: Sharing) -> None:
+        cell = problem.cell
         self.save = save
-        super().__init__(problem, compiled(problem.cell, problem.x.element_size(), "forward", save))
-
-    def run(self) -> Result:
-        problem, cell, values = self.problem, self.cell, self.values
-        self.output = _like_input(problem)
-        self.histories: list[Tensor] = []
-        depth = 0 if self.save else 2
+        streaming = save and _saved_bytes(problem) > STREAMED_BYTES
+        super().__init__(problem, compiled(cell, problem.x.element_size(), "forward", save, streaming), shared)
+        plan = self.code.plan
         for i, state in enumerate(cell.states):
-            if i == cell.output:
-                history = self.output
-            else:
-                rows = problem.steps if self.save else 2
-                history = memory.tensor((rows, problem.rows, self.tiles[cell.widths[i]] * self.lanes), problem.x.dtype)
-                values[f"history:{state}.depth"] = depth
-            self.histories.append(history)
-            for buffer in (f"history:{state}", f"next:{state}"):
-                self.steps_of(buffer, history)
-            values[f"before:{state}.count"] = problem.sizes[i]
-            values[f"before:{state}.entry"] = 8
-        self.workspace = [h for i, h in enumerate(self.histories) if i != cell.output] if self.save else []
-        values["x_rows.count"], values["x_rows.row"] = problem.x.shape[2], 8
-        for buffer, slots in self.code.plan.slots.items():
-            kind, width = buffer.split(":")
-            if kind == "saved" and self.save:
-                whole = memory.tensor((problem.steps, problem.rows, self.tiles[width] * slots * self.lanes), problem.x.dtype)
-                self.workspace.append(whole)
-                self.steps_of(buffer, whole)
-                values[f"{buffer}.tile"] = slots * self.vector_bytes
-        try:
-            self.execute()
-            return Result(self.output, self._last_states(), tuple(self.workspace))
-        finally:
-            self.arena.release()
-
-    def ready(self) -> None:
-        problem, cell, plan, values = self.problem, self.cell, self.code.plan, self.values
-        most = max(share.count for share in self.sharing.shares)
-        drives = [s for s in self.code.stages if s.name.startswith("drive")]
-        row = sum(plan.slots[f"drive:{s.width}"] * self.tiles[s.width] for s in drives) * self.vector_bytes
-        block = max(1, DRIVE_BYTES // max(1, row * most))
-        if block * most < 32:
-            block = -(-32 // most)
-        self.block = values["block"] = min(problem.steps, block)
-        for i, place in enumerate(plan.operands.values()):
-            width = plans.operand_width(cell, list(plan.operands)[i])
-            self.tiled(place.data[0], problem.rows, width, 1)
-            values[f"{place.data[0]}.count"] = self.units[width]
-        for width, slots in plan.vectors.items():
-            values[f"vectors:{width}.base"] = self.arena.bytes(self.tiles[width] * len(slots) * self.vector_bytes)
-        for stage in drives:
-            slots_of_drive = plan.slots[f"drive:{stage.width}"] * self.vector_bytes
-            values[f"drive_bias:{stage.width}.tile"] = slots_of_drive
-            values[f"drive_bias:{stage.width}.base"] = self.arena.bytes(self.tiles[stage.width] * slots_of_drive)
+            self.put(f"before:{state}.count", self.sizes[i])
+            self.put(f"before:{state}.entry", 8)
+            self.put(f"history:{state}.depth", 0 if save or i == cell.output else 2)
+        self.put("x_rows.count", self.units["input"])
+        self.put("x_rows.row", 8)
+        self.drives = [stage for stage in self.code.stages if stage.name.startswith("drive")]
+        most = max(share.count for share in shared.shares)
+        row = sum(plan.slots[f"drive:{s.width}"] * self.tiles[s.width] for s in self.drives) * self.vector_bytes
+        block = max(1, DRIVE_BYTES // max(1, row * most), -(-32 // most))
+        self.block = min(self.steps, block)
+        self.put("block", self.block)
+        for operand, place in plan.operands.items():
+            width = plans.operand_width(cell, operand)
+            self.tiled(place.data[0], self.rows, width, 1)
+            self.put(f"{place.data[0]}.count", self.units[width])
+        for stage in self.drives:
+            bias = plan.slots[f"drive:{stage.width}"] * self.vector_bytes
+            self.put(f"drive_bias:{stage.width}.tile", bias)
+            self.put(f"drive_bias:{stage.width}.base", self.arena.bytes(self.tiles[stage.width] * bias))
         for stage in self.code.stages:
             self.panel(stage)
-        for share in self.sharing.shares:
-            counts = self.counts(share)
-            for stage in plan.stages:
-                self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
-            for stage in drives:
-                counts_of_blocks = self._block_counts(share)
-                self.code.prepare(stage, counts_of_blocks, self.tile_ranges(stage.width), self.units[stage.width])
+        for thread, share in enumerate(shared.shares):
+            self._private(thread, share)
+        self._prepare()
 
-    def _block_counts(self, share: Share) -> list[int]:
-        """The numbers of rows whose input products are taken together."""
-        active = self.active[::-1] if self.problem.reverse else self.active
-        if self.problem.lengths is None:
-            return sorted({share.count * n for n in {self.block, self.problem.steps % self.block}} - {0})
-        counts = [max(0, min(share.count, -(-(n - share.first) // share.stride))) for n in active]
-        return sorted({sum(counts[i : i + self.block]) for i in range(0, len(counts), self.block)} - {0})
-
-    def private(self, thread: int, share: Share) -> dict[str, int]:
-        plan, own = self.code.plan, {}
-        for stage in self.code.stages:
-            if stage.name.startswith("drive"):
-                drive = f"drive:{stage.width}"
-                row = self.tiles[stage.width] * plan.slots[drive] * self.vector_bytes
-                own[f"{drive}.tile"] = plan.slots[drive] * self.vector_bytes
-                own[f"{drive}.row"] = row
-                own[f"{drive}.origin"] = own[f"{drive}.base"] = self.arena.bytes(self.block * share.count * row)
-        own["x_rows.base"] = self.arena.bytes(self.block * share.count * 8)
+    def _private(self, thread: int, share: Share) -> None:
+        """Buffers that each thread has for itself."""
+        for stage in self.drives:
+            drive = f"drive:{stage.width}"
+            slots = self.code.plan.slots[drive]
+            row = self.tiles[stage.width] * slots * self.vector_bytes
+            base = self.arena.bytes(self.block * share.count * row)
+            for part, value in {"tile": slots * self.vector_bytes, "row": row, "origin": base, "base": base}.items():
+                self.put_for(thread, f"{drive}.{part}", value)
+        self.put_for(thread, "x_rows.base", self.arena.bytes(self.block * share.count * 8))
         for state in self.cell.states:
-            own[f"before:{state}.table"] = self.arena.bytes(share.count * 8)
-        for buffer, slots in plan.slots.items():
+            self.put_for(thread, f"before:{state}.table", self.arena.bytes(share.count * 8))
+        for buffer, slots in self.code.plan.slots.items():
             if buffer.startswith("scratch"):
                 width = buffer.split(":")[1]
                 row = self.tiles[width] * slots * self.vector_bytes
-                # Threads that share units share the rows too, and each its tiles of them.
-                own[f"{buffer}.base"] = self.arena.bytes(share.count * row)
-                own[f"{buffer}.row"], own[f"{buffer}.tile"] = row, slots * self.vector_bytes
-        for place in plan.operands.values():
-            name = place.data[0]
-            size = self.values[f"{name}.size"]
-            own[f"{name}.base"] = self.values[f"{name}.origin"] + share.first * size
-            own[f"{name}.row"] = share.stride * size
-        return own
+                self.put_for(thread, f"{buffer}.base", self.arena.bytes(share.count * row))
+                self.put_for(thread, f"{buffer}.row", row)
+                self.put_for(thread, f"{buffer}.tile", slots * self.vector_bytes)
 
-    def _last_states(self) -> tuple[Tensor, ...]:
+    def _prepare(self) -> None:
+        """The kernels for the numbers of rows of this run."""
+        for share in self.sharing.shares:
+            counts = self.counts(share)
+            for stage in self.code.plan.stages:
+                self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
+            for stage in self.drives:
+                blocks = self._block_counts(share)
+                self.code.prepare(stage, blocks, self.tile_ranges(stage.width), self.units[stage.width])
+
+    def _block_counts(self, share: Share) -> list[int]:
+        """The numbers of rows whose input products are taken together."""
+        active = self.active[::-1] if self.reverse else self.active
+        counts = [share.running(n) for n in active]
+        return sorted({sum(counts[i : i + self.block]) for i in range(0, len(counts), self.block)} - {0})
+
+    def run(self, problem: Problem, crew: gang.Gang | None) -> Result:
+        """One run on these tensors."""
+        cell = self.cell
+        self.bind(problem)
+        if problem.lengths is not None:
+            self._prepare()
+        output = _like_input(problem)
+        histories: list[Tensor] = []
+        for i, state in enumerate(cell.states):
+            history = output
+            if i != cell.output:
+                depth = self.steps if self.save else 2
+                width = self.tiles[cell.widths[i]] * self.lanes
+                history = memory.tensor((depth, self.rows, width), self.dtype)
+            histories.append(history)
+            self.steps_of(f"history:{state}", history)
+            self.steps_of(f"next:{state}", history)
+        workspace = [history for i, history in enumerate(histories) if i != cell.output] if self.save else []
+        for buffer, slots in self.code.plan.slots.items():
+            kind, width = buffer.split(":")
+            if kind == "saved" and self.save:
+                whole = memory.tensor((self.steps, self.rows, self.tiles[width] * slots * self.lanes), self.dtype)
+                workspace.append(whole)
+                self.steps_of(buffer, whole)
+                self.put(f"{buffer}.tile", slots * self.vector_bytes)
+        self.execute(crew)
+        return Result(output, self._last_states(problem, histories), tuple(workspace))
+
+    def _last_states(self, problem: Problem, histories: list[Tensor]) -> tuple[Tensor, ...]:
         """The state [B, width] after each row's last phase."""
-        problem, cell = self.problem, self.cell
         found = []
-        for i, (history, start) in enumerate(zip(self.histories, problem.states, strict=True)):
-            by_phase = i != cell.output and not self.save
+        for i, (history, start) in enumerate(zip(histories, problem.states, strict=True)):
+            by_phase = i != self.cell.output and not self.save
             if problem.lengths is None or problem.reverse:
-                last = problem.steps - 1 if by_phase or not problem.reverse else 0
-                state = history[last % 2 if by_phase else last, :, : start.shape[1]].clone()
+                last = self.steps - 1 if by_phase or not problem.reverse else 0
+                state = history[last % 2 if by_phase else last, :, : self.sizes[i]].clone()
             else:
                 times = torch.tensor(problem.lengths).sub_(1).clamp_(min=0)
-                state = history[times % 2 if by_phase else times, torch.arange(problem.rows), : start.shape[1]]
-            if problem.lengths is not None and problem.lengths[-1] == 0:
+                state = history[times % 2 if by_phase else times, torch.arange(self.rows), : self.sizes[i]]
+            if problem.lengths is not None and 0 in problem.lengths:
                 empty = torch.tensor([length == 0 for length in problem.lengths])
                 state = torch.where(empty.unsqueeze(-1), start, state)
             found.append(state)
         return tuple(found)
+
+
+def _saved_bytes(problem: Problem) -> int:
+    """About how much a training run writes for its backward run."""
+    values = len(calculus.saved(problem.cell))
+    return problem.steps * problem.rows * values * problem.hidden_size * problem.x.element_size()
 
 
 def _like_input(problem: Problem) -> Tensor:
@@ -528,297 +642,337 @@ def _like_input(problem: Problem) -> Tensor:
 
 
 def backward(
-    problem: Problem, result: Result, d_output: Tensor, d_states: Sequence[Tensor], needs: Sequence[bool]
+    problem: Problem,
+    result: Result,
+    d_output: Tensor | None,
+    d_states: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `problem.tensors`, None where `needs` says so."""
-    return _Backward(problem, result, d_output, d_states, needs).run()
+    """The gradients of `problem.tensors`, None where `needs` says so; an adjoint of None is zero."""
+    wanted = _sharing_of(problem)
+    with gang.gathered(len(wanted.shares)) as crew:
+        shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
+        key = ("backward", tuple(needs), len(shared.shares), *_sizes(problem))
+        setting = _settings.take(key) or _Backward(problem, needs, shared)
+        assert isinstance(setting, _Backward)
+        gradients = setting.run(problem, result, d_output, d_states, crew)
+        _settings.give(key, setting)
+        return gradients
 
 
 class _Backward(Setting):
-    code: Compiled
+    plan: BackwardPlan
 
-    def __init__(
-        self,
-        problem: Problem,
-        result: Result,
-        d_output: Tensor,
-        d_states: Sequence[Tensor],
-        needs: Sequence[bool],
-    ) -> None:
-        self.result, self.d_output, self.d_states = result, d_output, d_states
+    def __init__(self, problem: Problem, needs: Sequence[bool], shared: Sharing) -> None:
         cell = problem.cell
+        super().__init__(problem, compiled(cell, problem.x.element_size(), "backward", True, False), shared)
+        assert isinstance(self.code.plan, BackwardPlan)
+        self.plan = self.code.plan
         counts = [1, len(cell.states), len(cell.parameters), len(cell.outside), len(problem.initial)]
         edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
         self.needs = [list(needs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
-        super().__init__(problem, compiled(cell, problem.x.element_size(), "backward", True))
-
-    @property
-    def plan(self) -> BackwardPlan:
-        """The adjoint step."""
-        plan = self.code.plan
-        assert isinstance(plan, BackwardPlan)
-        return plan
-
-    def run(self) -> tuple[Tensor | None, ...]:
-        try:
-            self._inputs()
-            self._outputs()
-            self.execute()
-            return self._gradients()
-        finally:
-            self.arena.release()
-
-    def _inputs(self) -> None:
-        """What the forward run left, and the adjoints that come from outside."""
-        problem, cell, values = self.problem, self.cell, self.values
-        workspace = list(self.result.workspace)
-        for i, state in enumerate(cell.states):
-            history = self.result.output if i == cell.output else workspace.pop(0)
-            for buffer in (f"history:{state}", f"after:{state}"):
-                self.steps_of(buffer, history)
-        for buffer, slots in plans.forward(cell).slots.items():
-            if buffer.startswith("saved"):
-                self.steps_of(buffer, workspace.pop(0))
-                values[f"{buffer}.tile"] = slots * self.vector_bytes
-        self.steps_of("d_output", self.d_output)
-        self.rows_of("d_output_open", self._opening())
-        self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // problem.rows))
-        self.block = values["block"] = min(problem.steps, self.block)
-        self.ring_rows = values["ring.rows"] = self.block * problem.rows
-        values["outer"] = ctypes.addressof(_outer_table(self.item))
-        values["gather"] = ctypes.addressof(_gather_table(self.item))
+        self.resets = problem.reset is not None
+        self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // self.rows))
+        self.block = min(self.steps, self.block)
+        self.ring_rows = self.block * self.rows
+        self.put("block", self.block)
+        self.put("ring.rows", self.ring_rows)
+        self.put("outer", ctypes.addressof(_outer_table(self.item)))
+        self.put("gather", ctypes.addressof(_gather_table(self.item)))
+        self.put("d_x.wanted", int(self.needs[0][0] and _has_input_product(cell)))
+        self.put("leaving", int(any(self.needs[1]) or self.resets))
+        self._buffers()
+        self._tables()
+        self._weights()
+        self._inputs()
+        self.used = [stage for stage in self.code.stages if self._is_used(stage)]
+        for stage in self.used:
+            self.panel(stage)
+        self._prepare()
 
     def _ring_row(self) -> int:
         """Bytes of the deltas of one step of the whole batch."""
         slots = sum(n * self.tiles[b.split(":")[1]] for b, n in self.plan.slots.items() if b.startswith("ring"))
-        return max(1, slots * self.vector_bytes * self.problem.rows)
+        return max(1, slots * self.vector_bytes * self.rows)
 
-    def _opening(self) -> Tensor:
-        """The adjoint of the output state at each row's last phase: from its output there, and from the final state."""
-        problem = self.problem
-        d_last = self.d_states[self.cell.output]
-        if problem.reverse:
-            return self.d_output[0] + d_last
-        if problem.lengths is None:
-            return self.d_output[-1] + d_last
-        times = torch.tensor(problem.lengths).sub_(1).clamp_(min=0)
-        return self.d_output[times, torch.arange(problem.rows)] + d_last
-
-    def _outputs(self) -> None:
-        """Tensors for the gradients."""
-        problem, cell, values = self.problem, self.cell, self.values
-        x = problem.x
-        self.d_x = None
-        if self.needs[0][0]:
-            make = torch.empty_like if problem.lengths is None and _has_input_product(cell) else torch.zeros_like
-            self.d_x = make(x)
-            self.steps_of("d_x", self.d_x)
-            values["d_x.wanted"] = int(_has_input_product(cell))
-        self.d_x_direct = None
-        if self.plan_stores("d_x_direct"):
-            self.d_x_direct = torch.zeros_like(x)
-            self.steps_of("d_x_direct", self.d_x_direct)
-        self.d_outside = []
-        for place, name in enumerate(cell.outside):
-            d = x.new_zeros(problem.steps, problem.rows, self.outside_units(place))
-            self.d_outside.append(d)
-            self.steps_of(f"d_outside:{name}", d)
-        self.d_start = [torch.zeros_like(s, memory_format=torch.contiguous_format) for s in problem.states]
-        self.d_initial = [torch.zeros_like(s) for s in self.d_start] if problem.reset is not None else []
-        if problem.lengths is not None and problem.lengths[-1] == 0:
-            empty = torch.tensor([length == 0 for length in problem.lengths])
-            for d_start, d_state in zip(self.d_start, self.d_states, strict=True):
-                d_start[empty] = d_state[empty]  # a row without steps hands its state through
-        values["leaving"] = int(any(self.needs[1]) or problem.reset is not None)
-        for i, state in enumerate(cell.states):
-            self.rows_of(f"d_start:{state}", self.d_start[i])
-            if self.d_initial:
-                self.rows_of(f"d_initial:{state}", self.d_initial[i])
-            values[f"leaving:{state}.size"] = self.values[f"d_start:{state}.size"]
-        self.d_parameters: list[Tensor | None] = []
-        for parameter, tensor, need in zip(cell.parameters, self.parameters, self.needs[2], strict=True):
-            d_parameter = torch.zeros_like(tensor) if need else None
-            self.d_parameters.append(d_parameter)
-            if d_parameter is None or not parameter.is_matrix:
-                continue
-            rows = tensor.shape[0] // len(parameter.gates)
-            for i, gate in enumerate(parameter.gates):
-                label = f"d_weight:{parameter.namespace}.{gate}"
-                values[f"{label}.base"] = d_parameter.data_ptr() + i * rows * tensor.shape[1] * self.item
-                values[f"{label}.stride"] = tensor.shape[1] * self.item
-
-    def plan_stores(self, buffer: str) -> bool:
-        """Whether a stage writes to a buffer."""
-        return any(place.data[0] == buffer for stage in self.plan.stages for _, place in stage.stores)
-
-    def ready(self) -> None:
-        problem, cell, plan, values = self.problem, self.cell, self.plan, self.values
-        rows = self.ring_rows + problem.rows + 1
-        for buffer, slots in plan.slots.items():
+    def _buffers(self) -> None:
+        for buffer, slots in self.plan.slots.items():
             kind, width = buffer.split(":")
             if kind == "ring":
-                self._ring(buffer, width, slots, rows)
+                self._ring(buffer, width, slots)
             elif kind in ("carry", "scratch"):
-                self.tiled(buffer, problem.rows, width, slots)
+                self.tiled(buffer, self.rows, width, slots)
                 if kind == "carry":
-                    self._carry(buffer, width, slots)
-        for operand, place in plan.operands.items():
-            name, width = place.data[0], plans.operand_width(cell, operand)
-            self.tiled(name, self.ring_rows, width, 1)
-            values[f"{name}.table"] = self.arena.bytes(self.ring_rows * 8)
-        for state in cell.states:
-            values[f"before:{state}.table"] = self.arena.bytes(self.ring_rows * 8)
-        for buffer in ("x_rows", "d_x_rows"):
-            values[f"{buffer}.table"] = self.arena.bytes(self.ring_rows * 8)
-        for width, vectors in plan.vectors.items():
-            values[f"vectors:{width}.base"] = self.arena.bytes(self.tiles[width] * len(vectors) * self.vector_bytes)
-        self._weights()
-        used = [s for s in self.code.stages if s.name.startswith("stage") or self._is_used(s)]
-        for stage in used:
-            self.panel(stage)
-        for share in self.sharing.shares:
-            counts = self._loop_counts(share)
-            for stage in used:
-                if stage.name == "input_gradient":
-                    self.code.prepare(stage, self._gradient_counts(), [(0, self.tiles["input"])], self.units["input"])
-                else:
-                    self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
+                    size = self.rows * self.values[f"{buffer}.size"]
+                    self.zeroed.append((self.values[f"{buffer}.origin"], size))
+        for operand, place in self.plan.operands.items():
+            self.tiled(place.data[0], self.ring_rows, plans.operand_width(self.cell, operand), 1)
 
-    def _is_used(self, stage: Stage) -> bool:
-        if stage.name == "input_gradient":
-            return bool(self.values.get("d_x.wanted"))
-        return bool(self.values["leaving"])
-
-    def _ring(self, buffer: str, width: str, slots: int, rows: int) -> None:
+    def _ring(self, buffer: str, width: str, slots: int) -> None:
         """[tiles][rows][slots] of vectors; after the block's rows come those kept from the block before, then zeros."""
-        values, size = self.values, slots * self.vector_bytes
+        size = slots * self.vector_bytes
+        rows = self.ring_rows + self.rows + 1
         tile = rows * size + 128  # so that the tiles of a row do not fall on one set of the first cache
         base = self.arena.bytes(tile * self.tiles[width])
-        values[f"{buffer}.size"] = values[f"{buffer}.row"] = size
-        values[f"{buffer}.tile"], values[f"{buffer}.tiles"] = tile, self.tiles[width]
-        values[f"{buffer}.origin"] = values[f"{buffer}.base"] = base
-        zero = values[f"{buffer}.zero"] = base + (rows - 1) * size
-        for tile_number in range(self.tiles[width]):
-            ctypes.memset(zero + tile_number * tile, 0, size)
+        zero = base + (rows - 1) * size
+        for number in range(self.tiles[width]):
+            ctypes.memset(zero + number * tile, 0, size)
+        parts = {"size": size, "row": size, "tile": tile, "tiles": self.tiles[width], "origin": base, "base": base}
+        for part, value in {**parts, "zero": zero}.items():
+            self.put(f"{buffer}.{part}", value)
         following = buffer.replace("ring:", "ring_next:")
-        values[f"{following}.tile"], values[f"{following}.tiles"] = tile, self.tiles[width]
-        values[f"{following}.row"] = 8
-        values[f"column_sums:{width}"] = columns(self.item, slots, 0)
-        if any(n for n, p in zip(self.needs[2], self.cell.parameters, strict=True) if not p.is_matrix):
-            values[f"sums:{width}.wanted"] = 1
-            values[f"sums:{width}.base"] = self.arena.zeros(self.tiles[width] * slots * self.vector_bytes)
+        self.put(f"{following}.tile", tile)
+        self.put(f"{following}.tiles", self.tiles[width])
+        self.put(f"{following}.row", 8)
+        for thread, share in enumerate(self.sharing.shares):
+            self.put_for(thread, f"{following}.base", self.arena.bytes(share.count * 8))
+        vectors = [n for n, p in zip(self.needs[2], self.cell.parameters, strict=True) if not p.is_matrix]
+        if any(vectors):
+            self.put(f"column_sums:{width}", columns(self.item, slots, 0))
+            self.put(f"sums:{width}.wanted", 1)
+            self.put(f"sums:{width}.base", self.cleared(self.tiles[width] * slots * self.vector_bytes))
 
-    def _carry(self, buffer: str, width: str, slots: int) -> None:
-        """What the final states' adjoints add to the states that are carried unit by unit."""
-        problem = self.problem
-        whole = self.arena.view(self.values[f"{buffer}.base"], (problem.rows, self.tiles[width], slots, self.lanes), problem.x.dtype)
-        whole.zero_()
-        for i, (state, place) in enumerate(self.plan.direct.items()):
-            index = self.cell.states.index(state)
-            if place.data[0] != buffer or index == self.cell.output:
-                continue
-            padded = torch.nn.functional.pad(self.d_states[index], (0, self.tiles[width] * self.lanes - problem.sizes[index]))
-            whole[:, :, place.data[1]] = padded.view(problem.rows, self.tiles[width], self.lanes)
+    def _tables(self) -> None:
+        """Tables of row addresses, an entry for each row of the ring."""
+        names = [f"before:{state}" for state in self.cell.states] + ["x_rows", "d_x_rows"]
+        for name in [*names, *(place.data[0] for place in self.plan.operands.values())]:
+            self.put(f"{name}.table", self.arena.bytes(self.ring_rows * 8))
+        for thread, share in enumerate(self.sharing.shares):
+            for state in self.cell.states:
+                self.put_for(thread, f"before:{state}.entry", share.stride * 8)
+            panel = drivers.CHUNK * OUTER_COLUMNS * self.vector_bytes
+            self.put_for(thread, "panel.base", self.arena.bytes(panel))
 
     def _weights(self) -> None:
         """Which weight gradients are wanted, and room for those of few columns."""
-        values, cell = self.values, self.cell
-        need = {p.namespace: n for p, n in zip(cell.parameters, self.needs[2], strict=True)}
+        need = {p.namespace: n for p, n in zip(self.cell.parameters, self.needs[2], strict=True)}
+        adjoint = calculus.adjoint(self.cell)
+        self.few: list[int] = []
         for number, (operand, products) in enumerate(self.plan.weights.items()):
-            if not all(need[product.data[0]] for product in products):
-                if any(need[product.data[0]] for product in products):
-                    raise AssertionError("products of one operand belong to one parameter")
+            wanted = [product for product in products if need[product.data[0]]]
+            if not wanted:
                 continue
-            width = self.plan.delta_slot[calculus.adjoint(cell).delta[products[0]]].data[0].split(":")[1]
-            count = self._columns(operand)
-            values[f"weights{number}.wanted"], values[f"weights{number}.columns"] = 1, count
-            if operand.op == "input" and count <= drivers.FEW_COLUMNS:
-                slots = self.plan.slots[f"ring:{width}"]
+            self.put(f"weights{number}.wanted", 1)
+            self.put(f"weights{number}.columns", self._columns(operand))
+            ring = self.plan.delta_slot[adjoint.delta[products[0]]].data[0]
+            width = ring.split(":")[1]
+            if operand.op == "input" and self._columns(operand) <= drivers.FEW_COLUMNS:
+                slots, count = self.plan.slots[ring], self._columns(operand)
                 size = self.tiles[width] * count * slots * self.vector_bytes
-                values[f"few{number}.base"] = self.arena.zeros(size)
-                values[f"few{number}.kernel"] = columns(self.item, slots, count)
+                self.put(f"few{number}.base", self.cleared(size))
+                self.put(f"few{number}.kernel", columns(self.item, slots, count))
+                self.few.append(number)
             else:
-                outer(self.item, self.units[width], count)
+                outer(self.item, self.units[width], self._columns(operand))
+
+    def _inputs(self) -> None:
+        """Dot products for the gradient of an x of few numbers."""
+        stage = next((s for s in self.code.stages if s.name == "input_gradient"), None)
+        if stage is None or len(stage.groups) != 1 or self.units["input"] > drivers.FEW_INPUTS:
+            return
+        group = stage.groups[0]
+        runs = kernels.slot_runs(self.plan.ring_slots(group))
+        if len(runs) == 1:
+            slots = self.plan.slots[group.operand.data[0].replace("ring_all:", "ring:")]
+            self.put("few_inputs", 1)
+            self.put("dot", dot(self.item, slots, *runs[0], self.units["input"]))
 
     def _columns(self, operand: Node) -> int:
         if operand.op == "input":
             return self.units["input"]
         if operand.op == "state":
-            return self.problem.sizes[self.cell.states.index(operand.data[0])]
+            return self.sizes[self.cell.states.index(operand.data[0])]
         return self.units[plans.operand_width(self.cell, operand)]
+
+    def _is_used(self, stage: Stage) -> bool:
+        if stage.name == "input_gradient":
+            return bool(self.values["d_x.wanted"])
+        return stage.name.startswith("stage") or bool(self.values["leaving"])
+
+    def _prepare(self) -> None:
+        """The kernels for the numbers of rows of this run."""
+        for share in self.sharing.shares:
+            counts = self._loop_counts(share)
+            for stage in self.used:
+                if stage.name != "input_gradient":
+                    self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
+                elif not self.values.get("few_inputs"):
+                    whole = [(0, self.tiles["input"])]
+                    self.code.prepare(stage, self._gradient_counts(), whole, self.units["input"])
 
     def _loop_counts(self, share: Share) -> list[int]:
         """Numbers of rows that the loop may take together: those with a step after, those without, single ones."""
         counts = self.counts(share)
-        if self.problem.lengths is None and self.problem.reset is None:
+        if len(counts) == 1 and not self.resets:
             return counts
-        differences = {a - b for a in [*counts, 0] for b in [*counts, 0] if a > b}
-        return sorted({*counts, *differences, 1})
+        return sorted({*counts, *(a - b for a in counts for b in counts if a > b), 1})
 
     def _gradient_counts(self) -> list[int]:
         """Numbers of rows in a thread's share of a block."""
-        threads = len(self.sharing.shares)
-        active = self.active[::-1] if self.problem.reverse else self.active
+        threads = len(self.frames)
+        active = self.active[::-1] if self.reverse else self.active
         found: set[int] = set()
         for begin in range(0, len(active), self.block):
             rows = sum(active[begin : begin + self.block])
             found |= {rows * (k + 1) // threads - rows * k // threads for k in range(threads)}
         return sorted(found - {0})
 
-    def private(self, thread: int, share: Share) -> dict[str, int]:
-        own: dict[str, int] = {"panel.base": self.arena.bytes(drivers.CHUNK * OUTER_COLUMNS * self.vector_bytes)}
-        for buffer in self.plan.slots:
-            if buffer.startswith("ring"):
-                own[f"{buffer.replace('ring:', 'ring_next:')}.base"] = self.arena.bytes(share.count * 8)
-            elif buffer.startswith(("carry", "scratch")):
-                size = self.values[f"{buffer}.size"]
-                own[f"{buffer}.base"] = self.values[f"{buffer}.origin"] + share.first * size
-                own[f"{buffer}.row"] = share.stride * size
-        for state in self.cell.states:
-            own[f"before:{state}.entry"] = share.stride * 8
-        return own
+    # one run
+
+    def run(
+        self,
+        problem: Problem,
+        result: Result,
+        d_output: Tensor | None,
+        d_states: Sequence[Tensor | None],
+        crew: gang.Gang | None,
+    ) -> tuple[Tensor | None, ...]:
+        """One run on these tensors."""
+        self.bind(problem)
+        if problem.lengths is not None:
+            self._prepare()
+        self._bind_forward(result)
+        if d_output is None:
+            d_output = torch.zeros_like(result.output)
+        self.steps_of("d_output", d_output)
+        self._bind_opening(problem, d_output, d_states[self.cell.output])
+        self._make_gradients(problem, d_states)
+        for address, size in self.zeroed:
+            ctypes.memset(address, 0, size)
+        self._carry(d_states)
+        if crew is None:
+            gang.Function(self.code.driver)(self.addresses[0])
+        else:
+            crew.run(self.code.driver, self.addresses)
+        return self._gradients(problem)
+
+    def _bind_forward(self, result: Result) -> None:
+        """What the forward run left."""
+        workspace = list(result.workspace)
+        for i, state in enumerate(self.cell.states):
+            history = result.output if i == self.cell.output else workspace.pop(0)
+            self.steps_of(f"history:{state}", history)
+            self.steps_of(f"after:{state}", history)
+        for buffer, slots in plans.forward(self.cell).slots.items():
+            if buffer.startswith("saved"):
+                self.steps_of(buffer, workspace.pop(0))
+                self.put(f"{buffer}.tile", slots * self.vector_bytes)
+
+    def _bind_opening(self, problem: Problem, d_output: Tensor, d_last: Tensor | None) -> None:
+        """The adjoint of the output state at each row's last phase, where the final state adds to it."""
+        if d_last is None:
+            self.put("d_output_open.origin", 0)
+        elif problem.reverse or problem.lengths is None:
+            self.rows_of("d_output_open", d_output[0 if problem.reverse else -1] + d_last)
+        else:
+            times = torch.tensor(problem.lengths).sub_(1).clamp_(min=0)
+            self.rows_of("d_output_open", d_output[times, torch.arange(self.rows)] + d_last)
+
+    def _make_gradients(self, problem: Problem, d_states: Sequence[Tensor | None]) -> None:
+        """Tensors for the gradients."""
+        cell, x = self.cell, problem.x
+        self.d_x = self.d_x_direct = None
+        if self.needs[0][0]:
+            whole = problem.lengths is None and _has_input_product(cell)
+            self.d_x = torch.empty_like(x) if whole else torch.zeros_like(x)
+            self.steps_of("d_x", self.d_x)
+        if any(place.data[0] == "d_x_direct" for stage in self.plan.stages for _, place in stage.stores):
+            self.d_x_direct = torch.zeros_like(x)
+            self.steps_of("d_x_direct", self.d_x_direct)
+        self.d_outside = []
+        for place, name in enumerate(cell.outside):
+            d = x.new_zeros(self.steps, self.rows, self.outside_units(place))
+            self.d_outside.append(d)
+            self.steps_of(f"d_outside:{name}", d)
+        self.d_start: list[Tensor | None] = [None] * len(cell.states)
+        self.d_initial: list[Tensor | None] = [None] * len(problem.initial)
+        if self.values["leaving"]:
+            self._make_state_gradients(problem, d_states)
+        self.d_parameters: list[Tensor | None] = []
+        for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):
+            d_parameter = torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else None
+            self.d_parameters.append(d_parameter)
+            if d_parameter is not None and parameter.is_matrix:
+                rows = tensor.shape[0] // len(parameter.gates)
+                stride = tensor.shape[1] * self.item
+                for i, gate in enumerate(parameter.gates):
+                    label = f"d_weight:{parameter.namespace}.{gate}"
+                    self.put(f"{label}.base", d_parameter.data_ptr() + i * rows * stride)
+                    self.put(f"{label}.stride", stride)
+
+    def _make_state_gradients(self, problem: Problem, d_states: Sequence[Tensor | None]) -> None:
+        for i, state in enumerate(self.cell.states):
+            d_start = torch.zeros(self.rows, self.sizes[i], dtype=self.dtype)
+            self.d_start[i] = d_start
+            self.rows_of(f"d_start:{state}", d_start)
+            self.put(f"leaving:{state}.size", self.values[f"d_start:{state}.size"])
+            if self.resets:
+                d_initial = self.d_initial[i] = torch.zeros_like(d_start)
+                self.rows_of(f"d_initial:{state}", d_initial)
+            d_last = d_states[i]
+            if d_last is not None and problem.lengths is not None and 0 in problem.lengths:
+                empty = torch.tensor([length == 0 for length in problem.lengths])
+                d_start[empty] = d_last[empty]  # a row without steps hands its state through
+
+    def _carry(self, d_states: Sequence[Tensor | None]) -> None:
+        """What the final states' adjoints add to the states that are carried unit by unit."""
+        for state, place in self.plan.direct.items():
+            index = self.cell.states.index(state)
+            d_last = d_states[index]
+            if index == self.cell.output or d_last is None:
+                continue
+            buffer, slot = place.data
+            width = buffer.split(":")[1]
+            tiles = self.tiles[width]
+            shape = (self.rows, tiles, self.plan.slots[buffer], self.lanes)
+            whole = self.arena.view(self.values[f"{buffer}.origin"], shape, self.dtype)
+            padded = torch.nn.functional.pad(d_last, (0, tiles * self.lanes - self.sizes[index]))
+            whole[:, :, slot] = padded.view(self.rows, tiles, self.lanes)
 
     # results
 
-    def _gradients(self) -> tuple[Tensor | None, ...]:
-        problem, cell = self.problem, self.cell
+    def _gradients(self, problem: Problem) -> tuple[Tensor | None, ...]:
+        cell = self.cell
         if self.d_x is not None and self.d_x_direct is not None:
             self.d_x += self.d_x_direct
         for parameter, d_parameter in zip(cell.parameters, self.d_parameters, strict=True):
             if d_parameter is not None:
-                self._summed(parameter.namespace, parameter.gates, d_parameter)
-        d_outside = []
+                self._take_sums(parameter.namespace, parameter.gates, d_parameter)
+        d_outside: list[Tensor | None] = []
         for i, (d, value) in enumerate(zip(self.d_outside, problem.outside, strict=True)):
             d = d if i < len(cell.per_step) else d.sum(0)
             d_outside.append(d.sum(-1, keepdim=True) if value.shape[-1] < d.shape[-1] else d)
         groups = [[self.d_x], self.d_start, self.d_parameters, d_outside, self.d_initial]
-        return tuple(
+        gradients = tuple(
             d if need else None
             for ds, needs in zip(groups, self.needs, strict=True)
             for d, need in zip(ds, needs, strict=True)
         )
+        self.d_x, self.d_x_direct, self.d_start, self.d_parameters = None, None, [], []
+        self.d_outside, self.d_initial = [], []
+        return gradients
 
-    def _summed(self, namespace: str, gates: tuple[str, ...], d_parameter: Tensor) -> None:
+    def _take_sums(self, namespace: str, gates: tuple[str, ...], d_parameter: Tensor) -> None:
         """Take what was summed slot by slot into a parameter's gradient."""
-        adjoint, problem = calculus.adjoint(self.cell), self.problem
+        adjoint = calculus.adjoint(self.cell)
         rows = d_parameter.shape[0] // len(gates)
         for node, g in adjoint.parameter.items():
             if node.data[0] == namespace:
                 ring, slot = self.plan.delta_slot[g].data
                 width = ring.split(":")[1]
                 shape = (self.tiles[width], self.plan.slots[ring], self.lanes)
-                sums = self.arena.view(self.values[f"sums:{width}.base"], shape, problem.x.dtype)
+                sums = self.arena.view(self.values[f"sums:{width}.base"], shape, self.dtype)
                 place = gates.index(node.data[1]) * rows
                 d_parameter[place : place + rows] = sums[:, slot].flatten()[:rows]
         for number, (operand, products) in enumerate(self.plan.weights.items()):
-            if f"few{number}.base" not in self.values:
+            if number not in self.few:
                 continue
             count = self._columns(operand)
             for product in products:
                 if product.data[0] == namespace:
                     ring, slot = self.plan.delta_slot[adjoint.delta[product]].data
                     shape = (self.tiles[ring.split(":")[1]], count, self.plan.slots[ring], self.lanes)
-                    sums = self.arena.view(self.values[f"few{number}.base"], shape, problem.x.dtype)
+                    sums = self.arena.view(self.values[f"few{number}.base"], shape, self.dtype)
                     place = gates.index(product.data[1]) * rows
                     d_parameter[place : place + rows] += sums[:, :, slot].transpose(1, 2).flatten(0, 1)[:rows]
 

@@ -46,7 +46,7 @@ def frame_of(cell: Cell, plan: Plan) -> Frame:
     """Every field that the drivers and kernels of a plan may use, numbered the same on every day and machine."""
     names = ["threads", "thread", "barrier", "yield", "units_shared", "steps", "reverse", "reset", "active"]
     names += ["phase.first", "phase.last", "block", "rows.first", "rows.stride", "rows.count", "rows.batch"]
-    names += ["kernels", "tile_limits", "transpose", "gather", "outer", "panel.base", "leaving", "ring.rows"]
+    names += ["kernels", "tile_limits", "transpose", "gather", "outer", "dot", "few_inputs", "panel.base", "leaving", "ring.rows"]
     names += ["d_x.wanted", "x_rows.table", "d_x_rows.table"]
     for width in ("hidden", "projected", "input"):
         names += [f"{name}:{width}" for name in ("tiles", "tiles.first", "tiles.last", "lanes", "units", "column_sums")]
@@ -408,6 +408,10 @@ def stepping(plan: Plan, cell: Cell) -> list[str]:
 # Backward
 
 
+FEW_INPUTS = 4
+"""Inputs of at most so many numbers get their gradients as dot products; a tile of columns would be mostly empty."""
+
+
 class BackwardDriver(Driver):
     """`backward(frame)`: per block of steps the adjoint loop, then the block's share of every gradient while it is warm."""
 
@@ -426,8 +430,12 @@ class BackwardDriver(Driver):
                 with code.when(self.field("leaving") > 0):
                     self.pack_ring(stage)
         if self.gradient:
-            with code.when(self.field("d_x.wanted") > 0):
+            few = self._few_inputs()
+            wanted = self.field("d_x.wanted") > 0
+            with code.when(code.builder.and_(wanted, code.builder.not_(few))):
                 self.pack_ring(self.gradient)
+            with code.when(code.builder.and_(wanted, few)):
+                self._pack_few_inputs(self.gradient)
         self.pack_plan_vectors()
         self.meet()
         first = self.field("phase.first")
@@ -436,6 +444,31 @@ class BackwardDriver(Driver):
             leave_when(self.block_end.get() <= first)
             self._block(first)
         return code.text()
+
+    def _few_inputs(self) -> ir.Value:
+        """Whether x is so narrow that its gradient is taken by dot products."""
+        return self.field("few_inputs") > 0
+
+    def _pack_few_inputs(self, stage: Stage) -> None:
+        """Weights of a few inputs for dot products with ring rows: panel[tile][slot][input] is a vector of units."""
+        code = self.code
+        for group in stage.groups:
+            width = group.operand.data[0].split(":")[1]
+            columns = self.field("units:input")
+            with self.own_share(self.field(f"tiles:{width}")) as tile:
+                size = columns * (len(group.products) * self.vector_bytes)
+                to = code.integer_variable(self.field(f"{panel_name(stage, group)}.base") + tile * size)
+                units = code.minimum(self.field(f"units:{width}") - tile * code.lanes, code.lanes)
+                for product in group.products:
+                    start = self.field(f"weight:{node_label(product)}") + tile * code.lanes * (columns * self.item)
+                    with code.loop(columns) as column:
+                        with code.loop(code.lanes) as lane:
+                            with code.when(lane < units):
+                                number = start + (lane * columns + column) * self.item
+                                code.copy_number(number, to.get() + lane * self.item)
+                            with code.when(lane >= units):
+                                code.zero_number(to.get() + lane * self.item)
+                        to.set(to.get() + self.vector_bytes)
 
     def _block(self, first: Int) -> None:
         """Steps from the block's last back to its first, then its gradients. Edges lie at multiples of the block."""
@@ -473,12 +506,22 @@ class BackwardDriver(Driver):
             self.at_time(buffer, time)
         for state in self.cell.states:
             self.set_rows(f"after:{state}", self.history(state, phase))
-        self.set_rows("d_output_open", self.field("d_output_open.origin"))
+        self._point_at_opening()
         for stage in self.plan.stages:
             self.run(stage, code.int(0), going)
             self.run(stage, going, count, opening=1)
             self.meet_if_units_are_shared()
         self._leave(phase, time, count)
+
+    def _point_at_opening(self) -> None:
+        """Adjoints of outputs at rows' last phases: apart where final states add to them, else with all the others."""
+        code = self.code
+        apart = self.field("d_output_open.origin").differs(0)
+        with code.when(apart):
+            self.set_rows("d_output_open", self.field("d_output_open.origin"))
+        with code.when(code.builder.not_(apart)):
+            for part in ("base", "row"):
+                self.set(f"d_output_open.{part}", self.field(f"d_output.{part}"))
 
     def _entry(self, row: Int) -> Int:
         return row * 8
@@ -571,7 +614,26 @@ class BackwardDriver(Driver):
             self._column_sums(ring, rows)
 
     def _input_gradient(self, stage: Stage, rows: Int) -> None:
+        code = self.code
         first, last = self.share(rows)
+        few = self._few_inputs()
+        with code.when(few):
+            group = stage.groups[0]
+            ring = group.operand.data[0].replace("ring_all:", "ring:")
+            arguments = [
+                self.field(f"{ring}.origin") + first * self.field(f"{ring}.size"),
+                self.field(f"{ring}.size"),
+                self.field(f"{ring}.tile"),
+                self.field(f"tiles:{ring.split(':')[1]}"),
+                self.field(f"{panel_name(stage, group)}.base"),
+                last - first,
+                self.field("d_x_rows.table") + first * 8,
+            ]
+            code.call(self.field("dot"), arguments)
+        with code.when(code.builder.not_(few)):
+            self._input_gradient_by_stage(stage, first, last)
+
+    def _input_gradient_by_stage(self, stage: Stage, first: Int, last: Int) -> None:
         for ring in self.rings:
             whole = ring.replace("ring:", "ring_all:")
             self.set(f"{whole}.base", self.field(f"{ring}.origin"))

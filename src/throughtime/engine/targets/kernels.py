@@ -224,7 +224,7 @@ class StageKernel:
         """Rows of a ring, tile by tile: in each tile the runs of slots that the group's deltas fill."""
         code, item, lanes = self.code, self.code.itemsize, self.code.lanes
         length = sum(run for _, run in runs) * lanes
-        together = max(1, BLOCK // length)
+        together = max(1, 2 * BLOCK // length)
         width = len(feeds) * self.vector_bytes
         with code.loop(count, step=together) as block, self._block(feeds, totals) as sums:
             with code.loop(code.minimum(block + together, count), start=block) as tile:
@@ -423,6 +423,30 @@ def column_kernel(name: str, slots: int, operand: int, itemsize: int) -> str:
         for slot in range(slots):
             address = code["c"] + code["c_stride"] * i
             code.store(code.load(address, slot * width).add(sums[i][slot].get()), address, slot * width)
+    return code.text()
+
+
+def dot_kernel(name: str, slots: int, first: int, products: int, columns: int, itemsize: int) -> str:
+    """`kernel(ring, stride, tile stride, tiles, panel, count, table)`: rows of few numbers, each a dot with a ring row.
+
+    Row k of the table gets, for each column, the sum over tiles and `products` slots from `first` of delta times panel.
+    """
+    code = Code(name, ["ring", "stride", "tile_stride", "tiles", "panel", "count", "table"], itemsize)
+    width = code.lanes * itemsize
+    with code.loop(code["count"]) as k:
+        row = code["ring"] + k * code["stride"]
+        sums = [code.vector_variable() for _ in range(columns)]
+        with code.loop(code["tiles"]) as tile:
+            ring = row + tile * code["tile_stride"]
+            panel = code["panel"] + tile * (products * columns * width)
+            for slot in range(products):
+                delta = code.load(ring, (first + slot) * width)
+                for i in range(columns):
+                    weight = code.load(panel, (slot * columns + i) * width)
+                    sums[i].set(delta.fma(weight, sums[i].get()))
+        to = code.load_integer(code["table"] + k * 8)
+        for i in range(columns):
+            code.store_sum(sums[i].get(), to + i * itemsize)
     return code.text()
 
 

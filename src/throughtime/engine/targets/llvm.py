@@ -416,6 +416,7 @@ class Code:
         function_type = ir.FunctionType(ir.VoidType(), [I64] * len(arguments))
         self.function = ir.Function(self.module, function_type, name)
         self.function.attributes.add("nounwind")
+        self.function.attributes.alignstack = 64  # sums that do not fit in registers should not straddle cache lines
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.arguments = {name: Int(self, arg) for name, arg in zip(arguments, self.function.args, strict=True)}
 
@@ -572,6 +573,23 @@ class Code:
         """One number from memory in every lane."""
         number = self.builder.load(self.pointer(address, offset), align=self.itemsize, typ=self.format.type)
         return self._splat(number, self.vector)
+
+    def copy_number(self, source: Int, target: Int) -> None:
+        """Copy one number."""
+        number = self.builder.load(self.pointer(source), align=self.itemsize, typ=self.format.type)
+        self.builder.store(number, self.pointer(target), align=self.itemsize)
+
+    def zero_number(self, target: Int) -> None:
+        """Write one zero."""
+        self.builder.store(self._constant(0.0), self.pointer(target), align=self.itemsize)
+
+    def store_sum(self, value: Vector, target: Int) -> None:
+        """Write the sum of a vector's numbers, added in pairs."""
+        numbers = [self.builder.extract_element(value.value, ir.Constant(I32, i)) for i in range(self.lanes)]
+        while len(numbers) > 1:
+            half = len(numbers) // 2
+            numbers = [self.builder.fadd(numbers[i], numbers[i + half]) for i in range(half)]
+        self.builder.store(numbers[0], self.pointer(target), align=self.itemsize)
 
     # vectors
 

@@ -76,6 +76,11 @@ class Arena:
         self.blocks: list[np.ndarray] = []
         self.place = self.end = 0
 
+    @property
+    def size(self) -> int:
+        """The bytes of its blocks."""
+        return sum(block.nbytes for block in self.blocks)
+
     def bytes(self, size: int) -> int:
         """The address of so many bytes; they hold anything."""
         size = -(-size // 64) * 64

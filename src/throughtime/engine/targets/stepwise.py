@@ -59,23 +59,24 @@ def forward(problem: Problem, save: bool) -> Result:
 def backward(
     problem: Problem,
     result: Result,
-    d_output: Tensor,
-    d_states: Sequence[Tensor],
+    d_output: Tensor | None,
+    d_states: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `problem.tensors`, None where `needs` says so, from those of the outputs and the last states."""
+    """The gradients of `problem.tensors`, None where `needs` says so, from those of the outputs and the last states (None is 0)."""
     cell, x = problem.cell, problem.x
     steps, rows = problem.steps, problem.rows
     adjoint = calculus.adjoint(cell)
     active = problem.active()
     before, after, kept = _unpacked(problem, result)
-    a = [d.clone() for d in d_states]
+    a = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(problem.states, d_states, strict=True)]
     collected = {node: x.new_zeros(steps, rows, _width(problem, node)) for node in adjoint.over_time}
     d_initial = [torch.zeros_like(state) for state in problem.states]
     operands = {p.args[0]: x.new_zeros(steps, rows, _width(problem, p.args[0])) for p in _of_values(cell)}
     for t in reversed(problem.order()):
         n = active[t]
-        a[cell.output][:n] += d_output[t, :n]
+        if d_output is not None:
+            a[cell.output][:n] += d_output[t, :n]
         states = [history[t, :n] for history in before]
         values = {
             leaf: _rows(leaf_value(problem, leaf, x[t], states, at_step(problem, t)), leaf, n) for leaf in leaves(cell)

@@ -1,0 +1,139 @@
+"""The layout of the house: imports run downwards only, heavy ones wait, and nothing executes what it loads."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import throughtime
+
+ROOT = Path(throughtime.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+FLOORS = {"errors": 0, "equations": 1, "engine": 2, "nn": 3, "insight": 4, "interop": 4, "tasks": 5, "cli": 6}
+HEAVY = {"numba", "llvmlite", "triton", "matplotlib", "pandas", "sklearn", "jinja2", "pyarrow", "rich"}
+EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+
+
+def name_of(path: Path) -> str:
+    return ".".join(("throughtime", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imports(tree: ast.AST, at_load: bool = False) -> Iterator[tuple[str, int]]:
+    """The modules that a file imports, with the line; `at_load` leaves out functions and what only types need."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: relative imports hide which floor they come from"
+            yield str(node.module), node.lineno
+            yield from ((f"{node.module}.{alias.name}", node.lineno) for alias in node.names)
+        elif at_load and _waits(node):
+            continue
+        else:
+            yield from imports(node, at_load)
+
+
+def _waits(node: ast.AST) -> bool:
+    """Whether what stands inside is not run as the module is loaded."""
+    for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+    return for_types or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def part_of(module: str) -> str:
+    """`throughtime.nn.layout` is of `nn`."""
+    return [*module.split("."), ""][1]
+
+
+@pytest.fixture(scope="module")
+def trees() -> dict[Path, ast.Module]:
+    return {path: ast.parse(path.read_text()) for path in MODULES}
+
+
+def test_every_module_has_a_floor():
+    parts = {part_of(name_of(path)) for path in MODULES} - {""}
+    assert parts <= set(FLOORS)
+    assert {"equations", "engine", "nn", "insight", "tasks", "cli", "errors"} <= parts
+
+
+def test_imports_run_downwards_only(trees: dict[Path, ast.Module]):
+    upwards = []
+    for path, tree in trees.items():
+        own = part_of(name_of(path)) or "insight"  # throughtime/__init__.py offers what is below, up to nn
+        for module, line in imports(tree):
+            other = part_of(module)
+            inside = module.startswith("throughtime.") and other != own
+            if inside and (other not in FLOORS or FLOORS[other] >= FLOORS[own]):
+                upwards.append(f"{path.relative_to(ROOT)}:{line} ({own}) imports {module}")
+    assert not upwards
+
+
+def test_every_way_to_import_is_seen():
+    source = """
+import pandas.io
+from throughtime import nn
+if TYPE_CHECKING:
+    import jinja2
+def later():
+    import numba as nb
+class Now:
+    from matplotlib import pyplot
+"""
+    assert {module for module, _ in imports(ast.parse(source))} == {
+        *("pandas.io", "throughtime", "throughtime.nn", "jinja2", "numba", "matplotlib", "matplotlib.pyplot")
+    }
+    loaded = {module for module, _ in imports(ast.parse(source), at_load=True)}
+    assert loaded == {"pandas.io", "throughtime", "throughtime.nn", "matplotlib", "matplotlib.pyplot"}
+
+
+def test_the_blackboard_needs_only_the_standard_library(trees: dict[Path, ast.Module]):
+    foreign = [
+        f"{path.name}:{line} imports {module}"
+        for path, tree in trees.items()
+        if part_of(name_of(path)) in ("equations", "errors")
+        for module, line in imports(tree)
+        if module.split(".")[0] not in (*sys.stdlib_module_names, "throughtime", "__future__")
+    ]
+    assert not foreign
+
+
+def test_the_definition_of_right_uses_no_other_target(trees: dict[Path, ast.Module]):
+    used = {module for module, _ in imports(trees[ROOT / "engine/targets/reference.py"])}
+    assert not [module for module in used if module.startswith("throughtime.engine.targets")]
+    assert "throughtime.equations.calculus" not in used, "autograd differentiates it, not our own adjoints"
+
+
+def test_heavy_modules_wait_until_they_are_needed(trees: dict[Path, ast.Module]):
+    early = []
+    for path, tree in trees.items():
+        allowed = {"numba", "llvmlite", "triton"} if path.parent == ROOT / "engine/targets" else set()
+        for module, line in imports(tree, at_load=True):
+            if module.split(".")[0] in HEAVY - allowed:
+                early.append(f"{path.relative_to(ROOT)}:{line} imports {module} as it is loaded")
+    assert not early
+
+
+def test_nothing_loads_what_could_execute(trees: dict[Path, ast.Module]):
+    found = []
+    for path, tree in trees.items():
+        found += [f"{path.name}:{line} {m}" for m, line in imports(tree) if m.split(".")[0] in EXECUTES]
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                if called in ("torch.load", "eval", "exec", "np.load", "numpy.load", "__import__"):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} calls {called}")
+    assert not found
+
+
+def test_no_drawer_for_odds_and_ends():
+    assert not [path for path in MODULES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+def test_public_names_are_what_the_package_says():
+    assert sorted(throughtime.__all__, key=str) == sorted(set(throughtime.__all__), key=str)
+    assert all(hasattr(throughtime, name) for name in throughtime.__all__)
+    undocumented = [n for n in throughtime.__all__ if not getattr(getattr(throughtime, n), "__doc__", None)]
+    assert not undocumented
