@@ -102,9 +102,21 @@ def Still(x, h, s, W, U, b):
     return tanh(W.n @ x + U.n @ h + s), sigmoid(b.n)
 
 
-ODD: dict[str, Cell] = {
-    c.name: c for c in (MinimalGated, Peephole, Decaying, Unitwise, Delay, Twins, LowRank, ScaledProjection, Still)
-} | {"elman-relu": Elman(activation=relu), "elman-identity": Elman(activation=identity)}
+@cell(states="h")
+def Echo(x, h):
+    """Nothing to learn."""
+    return 0.9 * h + 0.1 * x
+
+
+@cell(states="h", per_step="m")
+def Follow(x, h, m, W):
+    """A state that is an outside input's function alone."""
+    return m * m
+
+
+USERS = (MinimalGated, Peephole, Decaying, Unitwise, Delay, Twins, LowRank, ScaledProjection, Still, Echo, Follow)
+ELMANS = {"elman-relu": Elman(activation=relu), "elman-identity": Elman(activation=identity)}
+ODD: dict[str, Cell] = {one.name: one for one in USERS} | ELMANS
 ALL: dict[str, Cell] = CELLS | ODD
 
 

@@ -569,6 +569,19 @@ def test_json_with_anything_anywhere_is_a_cell_or_refused(data: st.DataObject):
     assert read.parameter_count(3, 4) >= 0
 
 
+def test_a_cell_is_shown_in_a_line():
+    @cell(states="h")
+    def Doubling(x, h, W, U):
+        a = W @ x + U @ h
+        for _ in range(200):
+            a = a * tanh(a)
+        return a
+
+    assert repr(GRU) == "Cell(GRU, states=h, gates=r z n, 5295dfff7391)"
+    assert len(repr(Doubling)) < 100
+    assert len(repr(Doubling.next[0])) < 1000
+
+
 def test_a_very_deep_cell_is_still_data():
     @cell(states="h")
     def Deep(x, h, W, U):

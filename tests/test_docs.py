@@ -39,7 +39,7 @@ def test_programs_run_and_learn(name: str, place: int, tmp_path: Path, monkeypat
     names: dict[str, Any] = {}
     exec(compile(blocks(name, "python")[place], f"{name}[{place}]", "exec"), names)
     if "loss" in names:
-        assert names["loss"] < 0.01, "guessing would give 1/12"
+        assert names["loss"] < 0.04, "guessing would give 1/12"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -123,6 +123,9 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
     if choice.target == "reference":
         return _run_reference(problem)
     save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors)
+    if not save:
+        result = target_module(choice.target).forward(problem, False)
+        return result.output, result.states
     output, *states = _Recurrence.apply(problem, target_module(choice.target), save, *problem.tensors)
     return output, tuple(states)
 

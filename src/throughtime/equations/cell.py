@@ -66,6 +66,9 @@ class Cell:
     about: str = ""
     retrace: Callable[..., Cell] | None = field(default=None, repr=False)
 
+    def __repr__(self) -> str:
+        return f"Cell({self.name}, states={' '.join(self.states)}, gates={' '.join(self.gates)}, {self.hash[:12]})"
+
     def __call__(self, **constants: Any) -> Cell:
         """The same equations with other constants, such as `Elman(activation=relu)`."""
         if self.retrace is None:

@@ -175,7 +175,11 @@ class Node(Arithmetic):
         return make, (self.op, self.args, self.data)
 
     def __repr__(self) -> str:
-        inside = [*(repr(part) for part in self.data), *(repr(arg) for arg in self.args)]
+        return self._shown(4)
+
+    def _shown(self, depth: int) -> str:
+        """As far down as `depth`: a graph that shares values can be exponentially long when written out."""
+        inside = [*map(repr, self.data), *(arg._shown(depth - 1) if depth else "..." for arg in self.args)]
         return f"{self.op}({', '.join(inside)})"
 
     @property

@@ -74,6 +74,7 @@ class Compiled:
         self.driver = cache.function(
             (*self.key, "driver"), direction, lambda: make(direction, cell, self.plan, self.frame, itemsize).text()
         )
+        self.run = gang.Function(self.driver)
         self.table = (ctypes.c_int64 * (len(self.stages) * drivers.TABLE_BYTES // 8))()
         self.limits = (ctypes.c_int64 * (len(self.stages) * (LIMIT + 1)))()
         for number, stage in enumerate(self.stages):
@@ -262,12 +263,15 @@ class Setting:
         self.zeroed: list[tuple[int, int]] = []
         self.values: dict[str, int] = {}
         self.given: list[Tensor] = []
+        self.weights: list[int] = []
         self._common()
 
     # fields
 
     def put(self, name: str, value: int) -> None:
         """Set a field of every thread's frame."""
+        if self.values.get(name) == value:
+            return
         self.values[name] = value
         i = self.place[name]
         for frame in self.frames:
@@ -352,14 +356,14 @@ class Setting:
 
     def bind(self, problem: Problem) -> None:
         """Point at the tensors that both directions read."""
-        self.given = []
-        for parameter, tensor in zip(self.cell.parameters, problem.parameters, strict=True):
-            tensor = tensor.contiguous()
-            self.given.append(tensor)
-            size = tensor.numel() // len(parameter.gates) * self.item
-            start = tensor.data_ptr()
-            for i, gate in enumerate(parameter.gates):
-                self.put(f"weight:{parameter.namespace}.{gate}", start + i * size)
+        self.given = [tensor.contiguous() for tensor in problem.parameters]
+        starts = [tensor.data_ptr() for tensor in self.given]
+        if starts != self.weights:
+            self.weights = starts
+            for parameter, tensor, start in zip(self.cell.parameters, self.given, starts, strict=True):
+                size = tensor.numel() // len(parameter.gates) * self.item
+                for i, gate in enumerate(parameter.gates):
+                    self.put(f"weight:{parameter.namespace}.{gate}", start + i * size)
         self.steps_of("x", problem.x)
         for i, name in enumerate(self.cell.outside):
             value = problem.outside[i]
@@ -413,14 +417,17 @@ class Setting:
         """The ranges of tiles that threads take in the loop."""
         return sorted({self.sharing.tiles(k, self.tiles[width]) for k in range(len(self.frames))})
 
-    def execute(self, crew: gang.Gang | None) -> None:
-        """Run the driver on every thread's frame and wait for all of them."""
+    def clear(self) -> None:
+        """Zero the scratch that a run adds to."""
         for address, size in self.zeroed:
             ctypes.memset(address, 0, size)
+
+    def execute(self, crew: gang.Gang | None) -> None:
+        """Run the driver on every thread's frame and wait for all of them."""
         if crew is None:
-            gang.Function(self.code.driver)(self.addresses[0])
+            self.code.run(self.addresses[0])
         else:
-            crew.run(self.code.driver, self.addresses)
+            crew.run(self.code.run, self.code.driver, self.addresses)
 
     def drop(self) -> None:
         """Let go of the tensors of a run."""
@@ -430,18 +437,22 @@ class Setting:
 class Settings:
     """Settings that are not in use, the last used ones, so that a run of known sizes finds everything prepared."""
 
-    KEPT = 24
+    KEPT = 32
     KEPT_BYTES = 1 << 28
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         self.idle: OrderedDict[tuple[object, ...], list[Setting]] = OrderedDict()
+        self.bytes = 0
 
     def take(self, key: tuple[object, ...]) -> Setting | None:
         """An idle setting for these sizes, if there is one."""
         with self.lock:
             found = self.idle.get(key)
-            return found.pop() if found else None
+            if not found:
+                return None
+            self.bytes -= found[-1].arena.size
+            return found.pop()
 
     def give(self, key: tuple[object, ...], setting: Setting) -> None:
         """Keep a setting for later; the longest unused ones go when there are too many."""
@@ -449,12 +460,11 @@ class Settings:
         with self.lock:
             self.idle.setdefault(key, []).append(setting)
             self.idle.move_to_end(key)
-            while len(self.idle) > self.KEPT or (len(self.idle) > 1 and self._bytes() > self.KEPT_BYTES):
+            self.bytes += setting.arena.size
+            while len(self.idle) > 1 and (len(self.idle) > self.KEPT or self.bytes > self.KEPT_BYTES):
                 for old in self.idle.popitem(last=False)[1]:
+                    self.bytes -= old.arena.size
                     old.arena.release()
-
-    def _bytes(self) -> int:
-        return sum(setting.arena.size for settings in self.idle.values() for setting in settings)
 
 
 _settings = Settings()
@@ -469,25 +479,34 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-def _sharing_of(problem: Problem) -> Sharing:
-    work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
-    lanes = llvm.machine().lanes(problem.x.element_size())
-    tiles = -(-problem.hidden_size // lanes)
-    return sharing(torch.get_num_threads(), problem.rows, tiles, problem.lengths is not None, work)
-
-
 def _sizes(problem: Problem) -> tuple[object, ...]:
     """What settings differ by, besides direction and threads."""
     return (
         problem.cell.hash,
         problem.x.shape,
         problem.x.dtype,
-        tuple(p.shape for p in problem.parameters),
-        tuple(o.shape for o in problem.outside),
-        problem.lengths is not None,
-        problem.reset is not None,
+        *[parameter.shape for parameter in problem.parameters],
+        *[outside.shape for outside in problem.outside],
+        problem.lengths is None,
+        problem.reset is None,
         problem.reverse,
     )
+
+
+_sharings: dict[tuple[object, ...], Sharing] = {}
+
+
+def _sharing_of(problem: Problem, sizes: tuple[object, ...]) -> Sharing:
+    """How the threads that torch is allowed divide this run."""
+    key = (torch.get_num_threads(), *sizes)
+    found = _sharings.get(key)
+    if found is None:
+        work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
+        lanes = llvm.machine().lanes(problem.x.element_size())
+        tiles = -(-problem.hidden_size // lanes)
+        found = sharing(torch.get_num_threads(), problem.rows, tiles, problem.lengths is not None, work)
+        _sharings[key] = found
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -496,10 +515,11 @@ def _sizes(problem: Problem) -> tuple[object, ...]:
 
 def forward(problem: Problem, save: bool) -> Result:
     """Run the recurrence; with `save`, the workspace is what the backward run wants to see again."""
-    wanted = _sharing_of(problem)
+    sizes = _sizes(problem)
+    wanted = _sharing_of(problem, sizes)
     with gang.gathered(len(wanted.shares)) as crew:
         shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
-        key = ("forward", save, len(shared.shares), *_sizes(problem))
+        key = ("forward", save, len(shared.shares), *sizes)
         setting = _settings.take(key) or _Forward(problem, save, shared)
         assert isinstance(setting, _Forward)
         result = setting.run(problem, crew)
@@ -601,6 +621,7 @@ class _Forward(Setting):
                 workspace.append(whole)
                 self.steps_of(buffer, whole)
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
+        self.clear()
         self.execute(crew)
         return Result(output, self._last_states(problem, histories), tuple(workspace))
 
@@ -649,10 +670,11 @@ def backward(
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `problem.tensors`, None where `needs` says so; an adjoint of None is zero."""
-    wanted = _sharing_of(problem)
+    sizes = _sizes(problem)
+    wanted = _sharing_of(problem, sizes)
     with gang.gathered(len(wanted.shares)) as crew:
         shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
-        key = ("backward", tuple(needs), len(shared.shares), *_sizes(problem))
+        key = ("backward", tuple(needs), len(shared.shares), *sizes)
         setting = _settings.take(key) or _Backward(problem, needs, shared)
         assert isinstance(setting, _Backward)
         gradients = setting.run(problem, result, d_output, d_states, crew)
@@ -837,13 +859,9 @@ class _Backward(Setting):
         self.steps_of("d_output", d_output)
         self._bind_opening(problem, d_output, d_states[self.cell.output])
         self._make_gradients(problem, d_states)
-        for address, size in self.zeroed:
-            ctypes.memset(address, 0, size)
+        self.clear()
         self._carry(d_states)
-        if crew is None:
-            gang.Function(self.code.driver)(self.addresses[0])
-        else:
-            crew.run(self.code.driver, self.addresses)
+        self.execute(crew)
         return self._gradients(problem)
 
     def _bind_forward(self, result: Result) -> None:
@@ -892,13 +910,13 @@ class _Backward(Setting):
         for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):
             d_parameter = torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else None
             self.d_parameters.append(d_parameter)
-            if d_parameter is not None and parameter.is_matrix:
-                rows = tensor.shape[0] // len(parameter.gates)
-                stride = tensor.shape[1] * self.item
-                for i, gate in enumerate(parameter.gates):
-                    label = f"d_weight:{parameter.namespace}.{gate}"
-                    self.put(f"{label}.base", d_parameter.data_ptr() + i * rows * stride)
-                    self.put(f"{label}.stride", stride)
+            rows = tensor.shape[0] // len(parameter.gates)
+            stride = tensor.stride(0) * self.item if parameter.is_matrix else self.item
+            start = 0 if d_parameter is None else d_parameter.data_ptr()
+            for i, gate in enumerate(parameter.gates):
+                label = f"d_weight:{parameter.namespace}.{gate}"
+                self.put(f"{label}.base", start + i * rows * stride if start else 0)
+                self.put(f"{label}.stride", stride)
 
     def _make_state_gradients(self, problem: Problem, d_states: Sequence[Tensor | None]) -> None:
         for i, state in enumerate(self.cell.states):
@@ -935,9 +953,6 @@ class _Backward(Setting):
         cell = self.cell
         if self.d_x is not None and self.d_x_direct is not None:
             self.d_x += self.d_x_direct
-        for parameter, d_parameter in zip(cell.parameters, self.d_parameters, strict=True):
-            if d_parameter is not None:
-                self._take_sums(parameter.namespace, parameter.gates, d_parameter)
         d_outside: list[Tensor | None] = []
         for i, (d, value) in enumerate(zip(self.d_outside, problem.outside, strict=True)):
             d = d if i < len(cell.per_step) else d.sum(0)
@@ -951,30 +966,6 @@ class _Backward(Setting):
         self.d_x, self.d_x_direct, self.d_start, self.d_parameters = None, None, [], []
         self.d_outside, self.d_initial = [], []
         return gradients
-
-    def _take_sums(self, namespace: str, gates: tuple[str, ...], d_parameter: Tensor) -> None:
-        """Take what was summed slot by slot into a parameter's gradient."""
-        adjoint = calculus.adjoint(self.cell)
-        rows = d_parameter.shape[0] // len(gates)
-        for node, g in adjoint.parameter.items():
-            if node.data[0] == namespace:
-                ring, slot = self.plan.delta_slot[g].data
-                width = ring.split(":")[1]
-                shape = (self.tiles[width], self.plan.slots[ring], self.lanes)
-                sums = self.arena.view(self.values[f"sums:{width}.base"], shape, self.dtype)
-                place = gates.index(node.data[1]) * rows
-                d_parameter[place : place + rows] = sums[:, slot].flatten()[:rows]
-        for number, (operand, products) in enumerate(self.plan.weights.items()):
-            if number not in self.few:
-                continue
-            count = self._columns(operand)
-            for product in products:
-                if product.data[0] == namespace:
-                    ring, slot = self.plan.delta_slot[adjoint.delta[product]].data
-                    shape = (self.tiles[ring.split(":")[1]], count, self.plan.slots[ring], self.lanes)
-                    sums = self.arena.view(self.values[f"few{number}.base"], shape, self.dtype)
-                    place = gates.index(product.data[1]) * rows
-                    d_parameter[place : place + rows] += sums[:, :, slot].transpose(1, 2).flatten(0, 1)[:rows]
 
 
 def _has_input_product(cell: Cell) -> bool:

@@ -443,7 +443,42 @@ class BackwardDriver(Driver):
         with code.forever() as leave_when:
             leave_when(self.block_end.get() <= first)
             self._block(first)
+        self._finish()
         return code.text()
+
+    def _finish(self) -> None:
+        """Hand over what was summed slot by slot: gradients of vectors, and of matrices of few columns."""
+        code = self.code
+        for node, delta in plans.calculus.adjoint(self.cell).parameter.items():
+            ring, slot = self.plan.delta_slot[delta].data
+            width = ring.split(":")[1]
+            to = self.field(f"d_weight:{node_label(node)}.base")
+            first, last = self.share(self.field(f"tiles:{width}"))
+            with code.when(to.differs(0)), code.loop(last, start=first) as tile:
+                source = self.field(f"sums:{width}.base") + tile * (self.plan.slots[ring] * self.vector_bytes)
+                mask = code.first(self.field(f"units:{width}") - tile * code.lanes)
+                code.store(code.load(source, slot * self.vector_bytes), to + tile * self.vector_bytes, 0, mask)
+        for number, (operand, products) in enumerate(self.plan.weights.items()):
+            if operand.op == "input":
+                with code.when(self.field(f"few{number}.base").differs(0)):
+                    self._finish_few(number, products)
+
+    def _finish_few(self, number: int, products: tuple[Node, ...]) -> None:
+        code = self.code
+        columns = self.field(f"weights{number}.columns")
+        for product in products:
+            ring, slot = self.plan.delta_slot[self._delta(product)].data
+            width = ring.split(":")[1]
+            size = self.plan.slots[ring] * self.vector_bytes
+            to = self.field(f"d_weight:{node_label(product)}.base")
+            stride = self.field(f"d_weight:{node_label(product)}.stride")
+            first, last = self.share(self.field(f"tiles:{width}"))
+            with code.when(to.differs(0)), code.loop(last, start=first) as tile, code.loop(columns) as column:
+                source = self.field(f"few{number}.base") + (tile * columns + column) * size + slot * self.vector_bytes
+                units = code.minimum(self.field(f"units:{width}") - tile * code.lanes, code.lanes)
+                with code.loop(units) as lane:
+                    target = to + (tile * code.lanes + lane) * stride + column * self.item
+                    code.copy_number(source + lane * self.item, target)
 
     def _few_inputs(self) -> ir.Value:
         """Whether x is so narrow that its gradient is taken by dot products."""
@@ -710,7 +745,8 @@ class BackwardDriver(Driver):
                 code.call(gather, [source, column.get() * self.item, count, self.field("panel.base"), stride, lanes])
                 with code.loop(share[1], start=share[0]) as tile:
                     for product, place in places.items():
-                        self._outer(product, place, tile, chunk, count, column.get(), taken, lanes)
+                        with code.when(self.field(f"d_weight:{node_label(product)}.base").differs(0)):
+                            self._outer(product, place, tile, chunk, count, column.get(), taken, lanes)
                 column.set(column.get() + taken * code.lanes)
 
     def _outer(

@@ -9,9 +9,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 
 from throughtime.engine.targets import cache
 from throughtime.engine.targets.llvm import Code
@@ -90,14 +89,14 @@ class Gang:
         self.workers: list[Worker] = []
         self.wait = _Wait(cache.function(("wait",), "wait", _await_text))
 
-    def run(self, function: int, frames: Sequence[int]) -> None:
-        """Call the function once per frame, all at the same time; return when all have returned."""
+    def run(self, call: Callable[[int], None], function: int, frames: Sequence[int]) -> None:
+        """Call the function (also given as `call`) once per frame, all at the same time; return when all have."""
         helpers = len(frames) - 1
         while len(self.workers) < helpers:
             self.workers.append(Worker())
         for worker, frame in zip(self.workers, frames[1:], strict=False):
             worker.give(function, frame)
-        Function(function)(frames[0])
+        call(frames[0])
         for worker in self.workers[:helpers]:
             self.wait(worker.mailbox, yield_address())
 

@@ -7,6 +7,7 @@ gone; the pool keeps a few, and never holds what someone still sees.
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 import weakref
@@ -108,7 +109,7 @@ class Arena:
 
     def view(self, address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Scratch as a tensor; it must not outlive the arena."""
-        count = int(np.prod(shape))
+        count = math.prod(shape)
         kind = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
         return torch.frombuffer((kind * count).from_address(address), dtype=dtype).view(tuple(shape))
 
@@ -122,7 +123,7 @@ class Arena:
 def tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A tensor on memory of the pool, which takes it back when the tensor's storage is gone."""
     item = 4 if dtype == torch.float32 else 8
-    count = int(np.prod(shape))
+    count = math.prod(shape)
     block = _pool.take(count * item)
     offset = _start(block) - int(block.ctypes.data)
     array = block[offset : offset + count * item].view(np.float32 if item == 4 else np.float64).reshape(shape)

@@ -1,0 +1,243 @@
+"""What a compiler sees: `torch.ops.throughtime.recurrence`, one operator for a whole recurrence, over any T and B.
+
+The eager path (`recurrence.run`) is quicker and does not come here. Three operators are registered:
+
+- `recurrence` is what `torch.compile` and `torch.export` record. It carries the cell as JSON, so that an exported
+  program is complete; its target is chosen where it runs, so that a program may move to another machine.
+- `recurrence_training` and `recurrence_backward` stand below autograd. The compiler finds them when it splits a training
+  step into forward and backward; their target is fixed then, for the workspace between them is the target's own.
+
+Each has a twin that computes nothing but shapes and strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from throughtime.engine import recurrence
+from throughtime.engine.problem import Problem, Result
+from throughtime.equations.cell import Cell
+from throughtime.errors import ShapeError, ThroughtimeError
+
+_PROBLEM = "Tensor[] tensors, str cell, Tensor? lengths, Tensor? reset, bool reverse, str target"
+
+_library = torch.library.Library("throughtime", "DEF")
+for _schema in (
+    f"recurrence({_PROBLEM}) -> Tensor[]",
+    f"recurrence_training({_PROBLEM}) -> Tensor[]",
+    f"recurrence_backward({_PROBLEM}, Tensor[] results, Tensor?[] d_results, bool[] needs) -> Tensor[]",
+):
+    _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+
+
+@lru_cache(maxsize=256)
+def _cell(text: str) -> Cell:
+    return Cell.from_json(text)
+
+
+def _problem(
+    tensors: Sequence[Tensor], cell_text: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool
+) -> Problem:
+    """The problem with its lengths still a tensor, for they are not known while shapes alone are computed."""
+    cell = _cell(cell_text)
+    counts = (1, len(cell.states), len(cell.parameters), len(cell.outside), len(tensors))
+    parts, start = [], 0
+    for count in counts:
+        parts.append(tuple(tensors[start : start + count]))
+        start += count
+    (x,), states, parameters, outside, initial = parts
+    return Problem(cell, x, states, parameters, outside, initial, lengths, reset, reverse)  # type: ignore[arg-type]
+
+
+def _read(problem: Problem) -> Problem:
+    """The problem with its lengths as numbers. Raises ShapeError for lengths that no row of x can have."""
+    if recurrence.is_recording():
+        raise ThroughtimeError(
+            "a compiled or exported program keeps no states to record; run the model itself inside recording()"
+        )
+    if problem.lengths is None:
+        return problem
+    lengths = tuple(torch.as_tensor(problem.lengths).tolist())
+    if wrong := [length for length in lengths if not 0 <= length <= problem.steps]:
+        raise ShapeError(
+            f"lengths= holds {wrong[0]}, but the input has {problem.steps} steps; lengths lie between 0 and "
+            f"{problem.steps}"
+        )
+    return replace(problem, lengths=None if min(lengths, default=0) == problem.steps else lengths)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recurrence
+
+
+def _forward(
+    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+) -> list[Tensor]:
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    choice = recurrence.choose(problem, target or None)
+    module = recurrence.target_module(choice.target)
+    result = module.forward(problem) if choice.target == "reference" else module.forward(problem, False)
+    return [_as_input(result.output, problem.x), *_own(result.states, tensors)]
+
+
+def _forward_shapes(
+    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+) -> list[Tensor]:
+    problem = _problem(tensors, cell, lengths, reset, reverse)
+    output = _empty_as_input(problem.x, problem.sizes[problem.cell.output])
+    return [output, *(problem.x.new_empty(problem.rows, size) for size in problem.sizes)]
+
+
+def _forward_differentiable(
+    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+) -> list[Tensor]:
+    """Above autograd: nothing is saved unless a gradient is wanted; what goes beyond adjoints is the reference's."""
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return torch.ops.throughtime.recurrence(tensors, cell, lengths, reset, reverse, target)
+    problem = _problem(tensors, cell, lengths, reset, reverse)
+    choice = recurrence.choose(problem, target or None)
+    if choice.target == "reference":
+        result = recurrence.target_module("reference").forward(problem)
+        return [result.output, *result.states]
+    operators = _Operators(cell, lengths, choice.target)
+    return list(recurrence._Recurrence.apply(problem, operators, True, *problem.tensors))
+
+
+class _Operators:
+    """A target for `recurrence._Recurrence` that goes through the operators, so that a compiler can see them."""
+
+    def __init__(self, cell: str, lengths: Tensor | None, target: str) -> None:
+        self.cell, self.lengths, self.target = cell, lengths, target
+
+    def forward(self, problem: Problem, save: bool) -> Result:
+        found = torch.ops.throughtime.recurrence_training(*self._arguments(problem))
+        states = len(problem.states)
+        return Result(found[0], tuple(found[1 : 1 + states]), tuple(found[1 + states :]))
+
+    def backward(
+        self,
+        problem: Problem,
+        result: Result,
+        d_output: Tensor | None,
+        d_states: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        results = [result.output, *result.states, *result.workspace]
+        found = torch.ops.throughtime.recurrence_backward(
+            *self._arguments(problem), results, [d_output, *d_states], list(needs)
+        )
+        wanted = iter(found)
+        return tuple(next(wanted) if need else None for need in needs)
+
+    def _arguments(self, problem: Problem) -> tuple[object, ...]:
+        return list(problem.tensors), self.cell, self.lengths, problem.reset, problem.reverse, self.target
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# recurrence_training and recurrence_backward
+
+
+def _training(
+    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+) -> list[Tensor]:
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    result = recurrence.target_module(target).forward(problem, True)
+    return [_as_input(result.output, problem.x), *_own(result.states, tensors), *result.workspace]
+
+
+def _training_shapes(
+    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+) -> list[Tensor]:
+    problem = _problem(tensors, cell, lengths, reset, reverse)
+    shapes = recurrence.target_module(target).workspace_shapes(problem)
+    results = _forward_shapes(tensors, cell, lengths, reset, reverse, target)
+    return [*results, *(problem.x.new_empty(shape) for shape in shapes)]
+
+
+def _backward(
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    target: str,
+    results: list[Tensor],
+    d_results: list[Tensor | None],
+    needs: list[bool],
+) -> list[Tensor]:
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    states = len(problem.states)
+    result = Result(results[0], tuple(results[1 : 1 + states]), tuple(results[1 + states :]))
+    found = recurrence.target_module(target).backward(problem, result, d_results[0], d_results[1:], needs)
+    return [
+        _as_input(gradient, problem.x) if place == 0 else gradient.contiguous()
+        for place, gradient in enumerate(found)
+        if gradient is not None
+    ]
+
+
+def _backward_shapes(
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    target: str,
+    results: list[Tensor],
+    d_results: list[Tensor | None],
+    needs: list[bool],
+) -> list[Tensor]:
+    return [
+        _empty_as_input(tensor, tensor.shape[2]) if place == 0 else tensor.new_empty(tensor.shape)
+        for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True))
+        if need
+    ]
+
+
+for _name, _key, _kernel in (
+    ("recurrence", "CompositeExplicitAutograd", _forward),
+    ("recurrence", "Autograd", _forward_differentiable),
+    ("recurrence_training", "CompositeExplicitAutograd", _training),
+    ("recurrence_backward", "CompositeExplicitAutograd", _backward),
+):
+    _library.impl(_name, _kernel, _key)
+for _name, _shapes in (
+    ("recurrence", _forward_shapes),
+    ("recurrence_training", _training_shapes),
+    ("recurrence_backward", _backward_shapes),
+):
+    torch.library.register_fake(f"throughtime::{_name}", _shapes, lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Layout: an operator must return what its twin announced, and tensors that are not its arguments
+
+
+def _is_batch_first(x: Tensor) -> bool:
+    return bool(x.shape[1] > 1 and x.stride(0) < x.stride(1))
+
+
+def _empty_as_input(x: Tensor, width: int) -> Tensor:
+    """[T, B, width], laid out in memory as x is."""
+    steps, rows = x.shape[:2]
+    if _is_batch_first(x):
+        return x.new_empty(rows, steps, width).transpose(0, 1)
+    return x.new_empty(steps, rows, width)
+
+
+def _as_input(tensor: Tensor, x: Tensor) -> Tensor:
+    """The tensor [T, B, width] laid out as `_empty_as_input` says; the targets do so of themselves where it is quick."""
+    if _is_batch_first(x):
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    return tensor.contiguous()
+
+
+def _own(states: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """The states, copied where a target hands one of its arguments through."""
+    return [s.clone() if any(s is tensor for tensor in given) else s.contiguous() for s in states]
