@@ -47,7 +47,7 @@ def measure(what: str, threads: int) -> dict[str, Any]:
     """The seconds of a first call, or the medians of two cells that take turns."""
     stay_on(threads)
     torch.set_num_threads(threads)
-    T, B, I, H = SHAPE  # noqa: E741
+    T, B, I, H = SHAPE
     x, d_output = torch.randn(T, B, I).requires_grad_(), torch.randn(T, B, H)
     built_in = tt.nn.GRU(I, H)
     if what == "first":

@@ -1,6 +1,6 @@
 """The machine's own peak: independent chains of fused multiply-adds on vectors, on one core and on several.
 
-    python benchmarks/peak.py '{"threads": [1, 2], "seconds": 0.1}'
+python benchmarks/peak.py '{"threads": [1, 2], "seconds": 0.1}'
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Shape(NamedTuple):
 
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
 
     @classmethod
@@ -75,7 +75,7 @@ class Numbers:
 def numbers(cell: str, shape: Shape) -> Numbers:
     """The same in every process; the weights uniform in +-1/sqrt(H), as torch draws them."""
     random = np.random.default_rng(zlib.crc32(f"{cell} {shape}".encode()))
-    T, B, I, H = shape  # noqa: E741
+    T, B, I, H = shape
     rows, bound = GATES[cell] * H, 1 / math.sqrt(H)
     sizes = {
         "weight_ih_l0": (rows, I),

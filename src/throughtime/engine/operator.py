@@ -4,8 +4,8 @@ The eager path (`recurrence.run`) is quicker and does not come here. Three opera
 
 - `recurrence` is what `torch.compile` and `torch.export` record. It carries the cell as JSON, so that an exported
   program is complete; its target is chosen where it runs, so that a program may move to another machine.
-- `recurrence_training` and `recurrence_backward` stand below autograd. The compiler finds them when it splits a training
-  step into forward and backward; their target is fixed then, for the workspace between them is the target's own.
+- `recurrence_training` and `recurrence_backward` stand below autograd. The compiler finds them when it splits a
+  training step into forward and backward; their target is fixed then, for the workspace between them is its own.
 
 Each has a twin that computes nothing but shapes and strides.
 """
@@ -44,6 +44,10 @@ def _problem(
     tensors: Sequence[Tensor], cell_text: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool
 ) -> Problem:
     """The problem with its lengths still a tensor, for they are not known while shapes alone are computed."""
+    if recurrence.is_recording():
+        raise ThroughtimeError(
+            "a compiled or exported program keeps no states to record; run the model itself inside recording()"
+        )
     cell = _cell(cell_text)
     counts = (1, len(cell.states), len(cell.parameters), len(cell.outside), len(tensors))
     parts, start = [], 0
@@ -56,10 +60,6 @@ def _problem(
 
 def _read(problem: Problem) -> Problem:
     """The problem with its lengths as numbers. Raises ShapeError for lengths that no row of x can have."""
-    if recurrence.is_recording():
-        raise ThroughtimeError(
-            "a compiled or exported program keeps no states to record; run the model itself inside recording()"
-        )
     if problem.lengths is None:
         return problem
     lengths = tuple(torch.as_tensor(problem.lengths).tolist())
@@ -97,7 +97,8 @@ def _forward_differentiable(
     tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
 ) -> list[Tensor]:
     """Above autograd: nothing is saved unless a gradient is wanted; what goes beyond adjoints is the reference's."""
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    beyond = recurrence._beyond_adjoints()
+    if not beyond and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
             return torch.ops.throughtime.recurrence(tensors, cell, lengths, reset, reverse, target)
     problem = _problem(tensors, cell, lengths, reset, reverse)
@@ -232,7 +233,7 @@ def _empty_as_input(x: Tensor, width: int) -> Tensor:
 
 
 def _as_input(tensor: Tensor, x: Tensor) -> Tensor:
-    """The tensor [T, B, width] laid out as `_empty_as_input` says; the targets do so of themselves where it is quick."""
+    """The tensor [T, B, width] laid out as `_empty_as_input` says; a copy only where a target does otherwise."""
     if _is_batch_first(x):
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     return tensor.contiguous()

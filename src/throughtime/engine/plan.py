@@ -61,6 +61,7 @@ class Plan:
     drive_width: dict[Node, str] = field(default_factory=dict)
     operands: dict[Node, Node] = field(default_factory=dict)
     delta_slot: dict[Node, Node] = field(default_factory=dict)
+    saved_slots: dict[str, int] = field(default_factory=dict)
 
     def ring_slots(self, group: Group) -> tuple[int, ...]:
         """The slots of the ring that a group of transposed products reads, in the order of its panel."""
@@ -130,7 +131,7 @@ class BackwardPlan(Plan):
 
 @cache
 def backward(cell: Cell) -> BackwardPlan:
-    """The adjoint step: the carried products of the step after come first, then the adjoint equations, stage by stage."""
+    """The adjoint step: first the products that the step after carries back, then the adjoint equations, in stages."""
     plan = BackwardPlan()
     width = _width_reader(cell)
     adjoint = calculus.adjoint(cell)
@@ -155,6 +156,7 @@ def backward(cell: Cell) -> BackwardPlan:
     leaves = {node: _read(node) for node in cell.nodes if node.op in ("state", "input", "outside")}
     for i, node in enumerate(calculus.saved(cell)):
         leaves[node] = memory(f"saved:{width(node)}", _saved_slot(cell, i, width))
+        plan.saved_slots[f"saved:{width(node)}"] = _saved_slot(cell, i, width) + 1
     for state, node in zip(cell.states, cell.next, strict=True):
         leaves.setdefault(node, memory(f"after:{state}"))
     for node in _ring_order(cell, adjoint):
@@ -181,7 +183,7 @@ def backward(cell: Cell) -> BackwardPlan:
 
 
 def drive(plan: Plan, width: str) -> Stage | None:
-    """Input products and their biases, for many rows at once, into the drive that the loop's accumulators start from."""
+    """Input products and their biases, for many rows at once: the drive that the loop's accumulators start from."""
     products = [(product, vectors) for product, vectors in plan.drive if plan.drive_width[product] == width]
     if not products:
         return None
@@ -370,7 +372,7 @@ class _Stager:
         return new
 
     def _sum(self, terms: list[Node]) -> Node:
-        """A sum with its products taken into an accumulator, and the biases beside them into the accumulator's start."""
+        """A sum whose products go into an accumulator, and the biases beside them into the accumulator's start."""
         alone = {term for term in terms if term.op == self.product_op and (self.uses[term] == 1 or len(terms) == 1)}
         inputs = [t for t in terms if t in alone and t.args[0].op == "input"][:1]
         rest = [t for t in terms if t in alone and t.args[0].op != "input"]
@@ -497,7 +499,7 @@ class _Stager:
             dealt.setdefault((store.level, store.width), []).append(store)
         for accumulator in self.accumulators:
             dealt.setdefault((self.level[accumulator.leaf], self.wide[accumulator.leaf]), [])
-        stages = []
+        stages: list[Stage] = []
         for level, width in sorted(dealt):
             own = [a for a in self.accumulators if (self.level[a.leaf], self.wide[a.leaf]) == (level, width)]
             values = [(self._as_of(store.value, level), store.place) for store in dealt[level, width]]

@@ -182,6 +182,16 @@ class Cell:
         text = json.dumps(self._graph(), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
+    def settled(self) -> Cell:
+        """The cell itself, with what derives from its graph worked out, for a tracer cannot take a cache's lock."""
+        _ = self.json, self.parameters, self.widths
+        return self
+
+    @cached_property
+    def json(self) -> str:
+        """`to_json`, written once: what a compiled program carries."""
+        return self.to_json()
+
     def to_json(self) -> str:
         """The cell as text, for run folders and caches; `Cell.from_json` reads it back without running any code."""
         number = {node: i for i, node in enumerate(self.nodes)}

@@ -1,13 +1,15 @@
 """torch.nn's RNN, LSTM and GRU with only the computation replaced.
 
 Constructor, initial values, state_dict, checks and messages are torch's own, for these are subclasses of its classes.
+For the same reason `torch.compile` looks into them only with `torch._dynamo.config.allow_rnn = True`; `Recurrent`
+needs no such leave.
 """
 
 from __future__ import annotations
 
 import warnings
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +30,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
     @property
     def cell(self) -> Cell:
         """The equations of a step."""
-        return _cell_of(self.mode, self.proj_size > 0, self.bias)
+        return _CELLS[self.mode, self.proj_size > 0, self.bias]
 
     def forward(
         self,
@@ -81,7 +83,8 @@ class _DropIn(Layer, torch.nn.RNNBase):
 
     def _torch_checks(self, x: Tensor | PackedSequence, h_0: Any) -> None:
         """The checks that torch's forward makes once it has a batch, in its order."""
-        self._update_flat_weights()
+        if not torch.compiler.is_compiling():  # a program takes parameters as arguments and must not store them
+            self._update_flat_weights()
         if isinstance(x, PackedSequence):
             steps, batch_sizes = x.data, x.batch_sizes
             hidden = None if h_0 is None else self.permute_hidden(h_0, x.sorted_indices)
@@ -137,17 +140,6 @@ _DROP_INS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-@cache
-def _cell_of(mode: str, projected: bool, bias: bool) -> Cell:
-    cells = {
-        "RNN_TANH": catalogue.Elman,
-        "RNN_RELU": catalogue.Elman(activation=expr.relu),
-        "GRU": catalogue.GRU,
-        "LSTM": catalogue.ProjectedLSTM if projected else catalogue.LSTM,
-    }
-    return cells[mode] if bias else _without_biases(cells[mode])
-
-
 def _without_biases(cell: Cell) -> Cell:
     """The same equations with every bias 0; the rest of the library derives from them as from any others."""
     now: dict[expr.Node, expr.Node] = {}
@@ -161,6 +153,23 @@ def _without_biases(cell: Cell) -> Cell:
     return replace(
         cell, name=f"{cell.name}, no biases", next=tuple(now[n] for n in cell.next), names=names, retrace=None
     )
+
+
+_EQUATIONS: dict[tuple[str, bool], Cell] = {
+    ("RNN_TANH", False): catalogue.Elman,
+    ("RNN_RELU", False): catalogue.Elman(activation=expr.relu),
+    ("GRU", False): catalogue.GRU,
+    ("LSTM", False): catalogue.LSTM,
+    ("LSTM", True): catalogue.ProjectedLSTM,
+}
+
+_CELLS: dict[tuple[str, bool, bool], Cell] = {
+    (mode, projected, bias): (cell if bias else _without_biases(cell)).settled()
+    for (mode, projected), cell in _EQUATIONS.items()
+    for bias in (True, False)
+}
+"""By torch's mode, whether there is a projection, whether there are biases: all made at once, so that a tracer finds
+them (it looks through no cache)."""
 
 
 def _kind(value: Any) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +109,9 @@ def arrange(x: Tensor | PackedSequence, lengths: Lengths | None, batch_first: bo
     first = batch_first and batched
     steps = x.shape[1] if first else x.shape[0]
     rows = 1 if not batched else x.shape[0] if first else x.shape[1]
+    if lengths is not None and torch.compiler.is_compiling():
+        layout = _by_falling_length_in_graph(Layout(steps, rows, batch_first, batched), lengths, x.device)
+        return layout, layout.steps_in(x)
     counts = None if lengths is None else read_lengths(lengths, steps, rows)
     if counts is None or all(count == steps for count in counts):
         layout = Layout(steps, rows, batch_first, batched)
@@ -133,6 +136,19 @@ def _by_falling_length(layout: Layout, device: torch.device) -> Layout:
         taken,
         taken.argsort(),
     )
+
+
+def _by_falling_length_in_graph(layout: Layout, lengths: Any, device: torch.device) -> Layout:
+    """Rows sorted by tensor operations, for a program that takes new lengths at each run; the operator checks them."""
+    counts = torch.as_tensor(lengths, device=device)
+    if counts.dtype.is_floating_point or counts.dtype == torch.bool or counts.shape != (layout.rows,):
+        raise ShapeError(
+            f"lengths= is {counts.dtype} of shape {list(counts.shape)}; a compiled program takes one integer for each "
+            f"of the {_counted(layout.rows, 'sequence', 'sequences')}"
+        )
+    ordered, order = counts.sort(descending=True, stable=True)
+    kept = replace(layout, order=order, back=order.argsort())
+    return replace(kept, lengths=ordered)  # type: ignore[arg-type]
 
 
 def _arrange_packed(packed: PackedSequence, batch_first: bool) -> tuple[Layout, Tensor]:
@@ -195,9 +211,9 @@ def _counted(count: int, one: str, many: str) -> str:
     return f"{count} {one if count == 1 else many}"
 
 
-def within(lengths: Sequence[int], steps: int, device: torch.device) -> Tensor:
+def within(lengths: Sequence[int] | Tensor, steps: int, device: torch.device) -> Tensor:
     """[T, B] booleans: which steps belong to their sequence."""
-    ends = torch.tensor(lengths, dtype=torch.int64, device=device)
+    ends = torch.as_tensor(lengths, dtype=torch.int64, device=device)
     return torch.arange(steps, device=device)[:, None] < ends
 
 
@@ -227,4 +243,5 @@ def reset_backwards(reset: Tensor, lengths: Sequence[int] | None) -> Tensor:
     shifted = torch.cat([reset[1:], torch.zeros_like(reset[:1])])
     if lengths is None:
         return shifted
-    return shifted & within([max(count - 1, 0) for count in lengths], reset.shape[0], reset.device)
+    last = torch.as_tensor(lengths, device=reset.device).sub(1).clamp(min=0)
+    return shifted & within(last, reset.shape[0], reset.device)

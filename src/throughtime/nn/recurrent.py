@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
+from throughtime.engine import operator as _operator  # noqa: F401 - registers what compiled programs call
 from throughtime.engine import recurrence
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
@@ -153,7 +154,7 @@ class Recurrent(Layer):
     ) -> None:
         super().__init__()
         _check_construction(cell, input_size, hidden_size, num_layers, dropout, proj_size)
-        self._cell = cell
+        self._cell = cell.settled()
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.proj_size = proj_size
@@ -174,6 +175,10 @@ class Recurrent(Layer):
             for suffix in ("", "_reverse")[: self._directions]:
                 self._add_parameters(depth, suffix, columns, {"device": device, "dtype": dtype})
         self.reset_parameters()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._cell.settled()
 
     def _add_parameters(self, depth: int, suffix: str, columns: int, kind: dict[str, Any]) -> None:
         for parameter in self.cell.parameters:

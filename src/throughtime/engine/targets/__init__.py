@@ -1,1 +1,1 @@
-"""One file per target; each offers `refusal`, `forward` and `backward` (see engine/recurrence.py)."""
+"""One file per target; each offers `refusal`, `forward`, `backward`, `workspace_shapes` (see engine/recurrence.py)."""

@@ -63,7 +63,9 @@ def _write(path: Path, image: bytes) -> None:
             file.write(hashlib.sha256(image).digest() + image)
         os.replace(temporary, path)
     except OSError as error:
-        warnings.warn(f"compiled code could not be kept in {path.parent} ({error}); it will be compiled again", stacklevel=2)
+        warnings.warn(
+            f"compiled code could not be kept in {path.parent} ({error}); it will be compiled again", stacklevel=2
+        )
 
 
 @functools.cache

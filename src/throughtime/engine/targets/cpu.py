@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache as remembered
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -83,21 +84,21 @@ class Compiled:
                 self.limits[number * (LIMIT + 1) + rows] = kernels.tile_limit(vectors, rows)
         self.ready: set[tuple[object, ...]] = set()
 
-    def prepare(self, stage: Stage, counts: Iterable[int], tiles: Sequence[tuple[int, int]], units: int) -> None:
+    def prepare(
+        self, stage: Stage, counts: Iterable[int], ladder: bool, tiles: Sequence[tuple[int, int]], units: int
+    ) -> None:
         """Have every kernel that the driver will look up for these numbers of rows and ranges of tiles."""
-        for count in counts:
-            key = (stage.name, count, tuple(tiles), units)
+        limit = kernels.row_limit(kernels.vectors_per_tile(stage))
+        cuts = {frozenset({height}) for height in (limit, *drivers.ladder_heights(limit)) if height <= max(counts)}
+        for heights in cuts if ladder else {frozenset(tiling(count, limit)) for count in counts}:
+            key = (stage.name, heights, tuple(tiles), units)
             if key not in self.ready:
-                self._prepare(stage, count, tiles, units)
+                self._prepare(stage, heights, tiles, units)
                 self.ready.add(key)
 
-    def _prepare(self, stage: Stage, count: int, tiles: Sequence[tuple[int, int]], units: int) -> None:
-        vectors = kernels.vectors_per_tile(stage)
+    def _prepare(self, stage: Stage, heights: frozenset[int], tiles: Sequence[tuple[int, int]], units: int) -> None:
         lanes = llvm.machine().lanes(self.itemsize)
-        heights = tiling(count, kernels.row_limit(vectors))
-        if not heights:
-            return
-        at_once = kernels.tile_limit(vectors, max(heights))
+        at_once = kernels.tile_limit(kernels.vectors_per_tile(stage), max(heights))
         for begin, end in tiles:
             for height in heights:
                 for width in tiling(end - begin, at_once):
@@ -108,6 +109,7 @@ class Compiled:
                         self.kernel(stage, kernels.Shape(height, width, tail=False))
 
     def kernel(self, stage: Stage, shape: kernels.Shape) -> None:
+        """Have one kernel, unless it is there already."""
         number = next(i for i, s in enumerate(self.stages) if s.name == stage.name)
         place = ((number * 2 + shape.tail) * (LIMIT + 1) + shape.rows) * (LIMIT + 1) + shape.tiles
         if self.table[place]:
@@ -150,6 +152,26 @@ def dot(itemsize: int, slots: int, first: int, products: int, count: int) -> int
     """The kernel that takes the gradient of an x of few numbers."""
     write = lambda: kernels.dot_kernel("kernel", slots, first, products, count, itemsize)  # noqa: E731
     return cache.function(("dot", itemsize, slots, first, products, count), "kernel", write)
+
+
+def listing(cell: Cell, itemsize: int = 4, assembly: bool = False) -> str:
+    """The kernels that a step of the cell runs on this machine, as LLVM IR or assembly: forward, then backward."""
+    parts = []
+    for direction in ("forward", "backward"):
+        plan: Plan = plans.backward(cell) if direction == "backward" else plans.forward(cell)
+        frame = drivers.frame_of(cell, plan)
+        for stage in plan.stages:
+            rows = kernels.row_limit(kernels.vectors_per_tile(stage))
+            shape = kernels.Shape(rows, kernels.tile_limit(kernels.vectors_per_tile(stage), rows), tail=False)
+            kernel = kernels.StageKernel(f"{direction}_{stage.name}", plan, stage, shape, frame, itemsize, save=True)
+            text = kernel.text()
+            stores = ", ".join(f"{place.data[0]}[{place.data[1]}]" for _, place in stage.stores)
+            parts.append(
+                f"; {cell.name}, {direction}, {stage.name}: {shape.rows} rows x {shape.tiles} x "
+                f"{llvm.machine().lanes(itemsize)} units ({stage.width}) for {llvm.machine().cpu}; writes {stores}\n"
+                + (llvm.assembly(text) if assembly else str(llvm.optimised(text)))
+            )
+    return "\n".join(parts)
 
 
 _OUTER_PLACES = 2 * (OUTER_ROWS + 1) * (OUTER_COLUMNS + 1)
@@ -230,7 +252,7 @@ def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int) -> Sha
             edges = [rows * k // threads for k in range(threads + 1)]
             if pieces >= 4 * threads:
                 edges = [min(rows, 8 * (pieces * k // threads)) for k in range(threads)] + [rows]
-            return Sharing(tuple(Share(a, 1, b - a) for a, b in zip(edges, edges[1:], strict=False)), False)
+            return Sharing(tuple(Share(a, 1, b - a) for a, b in pairwise(edges)), False)
         if tiles >= 4 * threads and work >= 8 * ALONE:
             return Sharing(tuple(Share(0, 1, rows) for _ in range(threads)), True)
     return Sharing((Share(0, 1, rows),), False)
@@ -256,6 +278,7 @@ class Setting:
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
         self.sizes = problem.sizes
         self.reverse = problem.reverse
+        self.ladder = problem.lengths is not None or problem.reset is not None
         self.arena = memory.Arena()
         self.place = code.frame.place
         self.frames = [(ctypes.c_int64 * len(self.place))() for _ in shared.shares]
@@ -291,6 +314,7 @@ class Setting:
         self.put("tile_limits", ctypes.addressof(self.code.limits))
         self.put("transpose", transpose(self.item))
         self.put("threads", len(self.frames))
+        self.put("ladder", int(self.ladder))
         self.put("units_shared", int(self.sharing.units_shared))
         self.put("barrier", self.cleared(64))
         self.active_place = self.arena.bytes(8 * self.steps)
@@ -316,7 +340,7 @@ class Setting:
     def _set_active(self, active: list[int]) -> None:
         """How many rows run at each step."""
         self.active = active
-        (ctypes.c_int64 * self.steps).from_address(self.active_place)[:] = active
+        ctypes.memmove(self.active_place, (ctypes.c_int64 * self.steps)(*active), 8 * self.steps)
 
     # buffers
 
@@ -412,6 +436,11 @@ class Setting:
     def counts(self, share: Share) -> list[int]:
         """The different numbers of rows that a thread has at a step."""
         return sorted({share.running(n) for n in set(self.active)} - {0})
+
+    def _have(self, stage: Stage, counts: Sequence[int], tiles: Sequence[tuple[int, int]]) -> None:
+        """Have a stage's kernels for these numbers of rows, unless there are none."""
+        if counts:
+            self.code.prepare(stage, counts, self.ladder, tiles, self.units[stage.width])
 
     def tile_ranges(self, width: str) -> list[tuple[int, int]]:
         """The ranges of tiles that threads take in the loop."""
@@ -527,6 +556,20 @@ def forward(problem: Problem, save: bool) -> Result:
         return result
 
 
+def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
+    """The shapes of the workspace that `forward` with `save` leaves, known before it runs."""
+    cell = problem.cell
+    lanes = llvm.machine().lanes(problem.x.element_size())
+    units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
+    padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
+    widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
+    for buffer, slots in plans.forward(cell).slots.items():
+        kind, width = buffer.split(":")
+        if kind == "saved":
+            widths.append(padded[width] * slots)
+    return [(problem.steps, problem.rows, width) for width in widths]
+
+
 class _Forward(Setting):
     def __init__(self, problem: Problem, save: bool, shared: Sharing) -> None:
         cell = problem.cell
@@ -585,10 +628,9 @@ class _Forward(Setting):
         for share in self.sharing.shares:
             counts = self.counts(share)
             for stage in self.code.plan.stages:
-                self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
+                self._have(stage, counts, self.tile_ranges(stage.width))
             for stage in self.drives:
-                blocks = self._block_counts(share)
-                self.code.prepare(stage, blocks, self.tile_ranges(stage.width), self.units[stage.width])
+                self._have(stage, self._block_counts(share), self.tile_ranges(stage.width))
 
     def _block_counts(self, share: Share) -> list[int]:
         """The numbers of rows whose input products are taken together."""
@@ -615,9 +657,9 @@ class _Forward(Setting):
             self.steps_of(f"next:{state}", history)
         workspace = [history for i, history in enumerate(histories) if i != cell.output] if self.save else []
         for buffer, slots in self.code.plan.slots.items():
-            kind, width = buffer.split(":")
+            kind, of_width = buffer.split(":")
             if kind == "saved" and self.save:
-                whole = memory.tensor((self.steps, self.rows, self.tiles[width] * slots * self.lanes), self.dtype)
+                whole = memory.tensor((self.steps, self.rows, self.tiles[of_width] * slots * self.lanes), self.dtype)
                 workspace.append(whole)
                 self.steps_of(buffer, whole)
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
@@ -692,7 +734,7 @@ class _Backward(Setting):
         self.plan = self.code.plan
         counts = [1, len(cell.states), len(cell.parameters), len(cell.outside), len(problem.initial)]
         edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
-        self.needs = [list(needs[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+        self.needs = [list(needs[a:b]) for a, b in pairwise(edges)]
         self.resets = problem.reset is not None
         self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // self.rows))
         self.block = min(self.steps, self.block)
@@ -814,20 +856,12 @@ class _Backward(Setting):
     def _prepare(self) -> None:
         """The kernels for the numbers of rows of this run."""
         for share in self.sharing.shares:
-            counts = self._loop_counts(share)
+            counts = self.counts(share)
             for stage in self.used:
                 if stage.name != "input_gradient":
-                    self.code.prepare(stage, counts, self.tile_ranges(stage.width), self.units[stage.width])
+                    self._have(stage, counts, self.tile_ranges(stage.width))
                 elif not self.values.get("few_inputs"):
-                    whole = [(0, self.tiles["input"])]
-                    self.code.prepare(stage, self._gradient_counts(), whole, self.units["input"])
-
-    def _loop_counts(self, share: Share) -> list[int]:
-        """Numbers of rows that the loop may take together: those with a step after, those without, single ones."""
-        counts = self.counts(share)
-        if len(counts) == 1 and not self.resets:
-            return counts
-        return sorted({*counts, *(a - b for a in counts for b in counts if a > b), 1})
+                    self._have(stage, self._gradient_counts(), [(0, self.tiles["input"])])
 
     def _gradient_counts(self) -> list[int]:
         """Numbers of rows in a thread's share of a block."""
@@ -857,6 +891,7 @@ class _Backward(Setting):
         if d_output is None:
             d_output = torch.zeros_like(result.output)
         self.steps_of("d_output", d_output)
+        self._look_ahead("d_output")
         self._bind_opening(problem, d_output, d_states[self.cell.output])
         self._make_gradients(problem, d_states)
         self.clear()
@@ -871,10 +906,17 @@ class _Backward(Setting):
             history = result.output if i == self.cell.output else workspace.pop(0)
             self.steps_of(f"history:{state}", history)
             self.steps_of(f"after:{state}", history)
+            self._look_ahead(f"after:{state}")
         for buffer, slots in plans.forward(self.cell).slots.items():
             if buffer.startswith("saved"):
                 self.steps_of(buffer, workspace.pop(0))
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
+                self._look_ahead(buffer)
+
+    def _look_ahead(self, buffer: str) -> None:
+        """How far from a step of a buffer the next one back in time of the run lies."""
+        step = self.values[f"{buffer}.step"]
+        self.put(f"{buffer}.ahead", step if self.reverse else -step)
 
     def _bind_opening(self, problem: Problem, d_output: Tensor, d_last: Tensor | None) -> None:
         """The adjoint of the output state at each row's last phase, where the final state adds to it."""
@@ -892,10 +934,12 @@ class _Backward(Setting):
         self.d_x = self.d_x_direct = None
         if self.needs[0][0]:
             whole = problem.lengths is None and _has_input_product(cell)
-            self.d_x = torch.empty_like(x) if whole else torch.zeros_like(x)
+            # kernels write runs of numbers, so only then is x's own layout of use
+            layout = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
+            self.d_x = (torch.empty_like if whole else torch.zeros_like)(x, memory_format=layout)
             self.steps_of("d_x", self.d_x)
         if any(place.data[0] == "d_x_direct" for stage in self.plan.stages for _, place in stage.stores):
-            self.d_x_direct = torch.zeros_like(x)
+            self.d_x_direct = torch.zeros_like(x, memory_format=torch.contiguous_format)
             self.steps_of("d_x_direct", self.d_x_direct)
         self.d_outside = []
         for place, name in enumerate(cell.outside):
@@ -911,7 +955,7 @@ class _Backward(Setting):
             d_parameter = torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else None
             self.d_parameters.append(d_parameter)
             rows = tensor.shape[0] // len(parameter.gates)
-            stride = tensor.stride(0) * self.item if parameter.is_matrix else self.item
+            stride = tensor.shape[1] * self.item if parameter.is_matrix else self.item
             start = 0 if d_parameter is None else d_parameter.data_ptr()
             for i, gate in enumerate(parameter.gates):
                 label = f"d_weight:{parameter.namespace}.{gate}"

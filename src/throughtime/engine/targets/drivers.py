@@ -44,9 +44,20 @@ def stages_of(plan: Plan, cell: Cell) -> list[Stage]:
 
 def frame_of(cell: Cell, plan: Plan) -> Frame:
     """Every field that the drivers and kernels of a plan may use, numbered the same on every day and machine."""
-    names = ["threads", "thread", "barrier", "yield", "units_shared", "steps", "reverse", "reset", "active"]
+    names = ["ladder", "threads", "thread", "barrier", "yield", "units_shared", "steps", "reverse", "reset", "active"]
     names += ["phase.first", "phase.last", "block", "rows.first", "rows.stride", "rows.count", "rows.batch"]
-    names += ["kernels", "tile_limits", "transpose", "gather", "outer", "dot", "few_inputs", "panel.base", "leaving", "ring.rows"]
+    names += [
+        "kernels",
+        "tile_limits",
+        "transpose",
+        "gather",
+        "outer",
+        "dot",
+        "few_inputs",
+        "panel.base",
+        "leaving",
+        "ring.rows",
+    ]
     names += ["d_x.wanted", "x_rows.table", "d_x_rows.table"]
     for width in ("hidden", "projected", "input"):
         names += [f"{name}:{width}" for name in ("tiles", "tiles.first", "tiles.last", "lanes", "units", "column_sums")]
@@ -59,7 +70,21 @@ def frame_of(cell: Cell, plan: Plan) -> Frame:
     kinds = ("before", "after", "next", "history", "start", "initial", "leaving", "d_start", "d_initial")
     buffers += [f"{kind}:{state}" for kind in kinds for state in cell.states]
     buffers += [f"{kind}:{name}" for kind in ("outside", "d_outside") for name in cell.outside]
-    parts = ("base", "row", "tile", "tiles", "size", "origin", "step", "depth", "table", "entry", "count", "zero")
+    parts = (
+        "base",
+        "row",
+        "tile",
+        "tiles",
+        "size",
+        "origin",
+        "step",
+        "ahead",
+        "depth",
+        "table",
+        "entry",
+        "count",
+        "zero",
+    )
     names += [f"{buffer}.{part}" for buffer in dict.fromkeys(buffers) for part in parts]
     for stage in stages_of(plan, cell):
         for group in stage.groups:
@@ -195,34 +220,55 @@ class Driver:
             with code.loop(count, start=code.minimum(earlier, count)) as m:
                 given = self.field(f"start:{state}.base") + self.rank(m) * start_size
                 code.store_integer(given, table + m * stride)
-            with code.when(self.field("reset").differs(0)), code.loop(count) as m:
-                with code.when(self.is_reset(self.time(phase), m) > 0):
-                    initial = self.field(f"initial:{state}.base") + self.rank(m) * self.field(f"initial:{state}.size")
-                    code.store_integer(initial, table + m * stride)
+            with (
+                code.when(self.field("reset").differs(0)),
+                code.loop(count) as m,
+                code.when(self.is_reset(self.time(phase), m) > 0),
+            ):
+                initial = self.field(f"initial:{state}.base") + self.rank(m) * self.field(f"initial:{state}.size")
+                code.store_integer(initial, table + m * stride)
             self.set(f"before:{state}.base", table)
             self.set(f"before:{state}.row", stride)
 
     # kernels
 
     def run(self, stage: Stage, first: Int, last: Int, opening: int = 0, all_tiles: bool = False) -> None:
-        """Call a stage's kernel for every tile of these rows and of this thread's units."""
+        """Call a stage's kernel for every tile of these rows and of this thread's units.
+
+        Rows are cut evenly. Where their number changes from step to step (`ladder`), they are cut into whole tiles and
+        one each of 4, 2 and 1, so that few kernels serve every number.
+        """
         code = self.code
-        number = next(i for i, s in enumerate(self.stages) if s is stage or s.name == stage.name)
         limit = row_limit(vectors_per_tile(stage))
-        begin = code.int(0) if all_tiles else self.field(f"tiles.first:{stage.width}")
-        end = self.field(f"tiles:{stage.width}") if all_tiles else self.field(f"tiles.last:{stage.width}")
-        all_of_width = self.field(f"tiles:{stage.width}")
+        ladder = self.field("ladder") > 0
+        with code.when(code.builder.not_(ladder)):
+            even = Tiling(code, last - first, limit)
+            self._run_rows(stage, first, even, opening, all_tiles)
+        with code.when(ladder):
+            whole = (last - first) // limit
+            self._run_rows(stage, first, Equal(code, limit, whole), opening, all_tiles)
+            row = code.integer_variable(first + whole * limit)
+            for height in ladder_heights(limit):
+                with code.when(last - row.get() >= height):
+                    self._run_rows(stage, row.get(), Equal(code, height, 1), opening, all_tiles)
+                    row.set(row.get() + height)
+
+    def _run_rows(self, stage: Stage, first: Int, rows: Tiling | Equal, opening: int, all_tiles: bool) -> None:
+        """All tiles of units for rows that are cut in a given way; the weights of a tile serve all the rows in turn."""
+        code = self.code
+        number = next(i for i, s in enumerate(self.stages) if s.name == stage.name)
+        every = self.field(f"tiles:{stage.width}")
+        begin = code.integer(0) if all_tiles else self.field(f"tiles.first:{stage.width}")
+        end = every if all_tiles else self.field(f"tiles.last:{stage.width}")
         lanes = self.field(f"lanes:{stage.width}")
         table = self.field("kernels") + number * TABLE_BYTES
-        with code.when(first < last):
-            rows = Tiling(code, last - first, limit)
-            widest = rows.largest
-            at_once = code.load_integer(self.field("tile_limits") + (number * (LIMIT + 1) + widest) * 8)
-            tiles = Tiling(code, end - begin, at_once)
+        with code.when(rows.count > 0):
+            limits = self.field("tile_limits") + number * ((LIMIT + 1) * 8)
+            tiles = Tiling(code, end - begin, code.load_integer(limits + rows.largest * 8))
             tile = code.integer_variable(begin)
             with code.loop(tiles.count) as i:
                 taken = tiles.size(i)
-                ends = (tile.get() + taken).equals(all_of_width)
+                ends = (tile.get() + taken).equals(every)
                 tail = code.choose(code.builder.and_(ends, lanes < code.lanes), 1, 0)
                 lanes_here = code.choose(ends, lanes, code.lanes)
                 row = code.integer_variable(first)
@@ -311,7 +357,7 @@ class Tiling:
 
     def __init__(self, code: Code, things: Int, limit: int | Int) -> None:
         self.code = code
-        limit = code.int(limit)
+        limit = code.integer(limit)
         self.count = (things + limit - 1) // limit
         pieces = code.maximum(self.count, 1)
         self.base, self.extra = things // pieces, things % pieces
@@ -324,6 +370,23 @@ class Tiling:
     def largest(self) -> Int:
         """The size of the largest piece."""
         return self.base + self.code.choose(self.extra > 0, 1, 0)
+
+
+class Equal:
+    """Pieces of one size."""
+
+    def __init__(self, code: Code, size: int, count: int | Int) -> None:
+        self.count = code.integer(count)
+        self.largest = code.integer(size)
+
+    def size(self, i: Int) -> Int:
+        """How large a piece is."""
+        return self.largest
+
+
+def ladder_heights(limit: int) -> list[int]:
+    """The sizes that fewer rows than `limit` are cut into, one of each at most."""
+    return [height for height in (4, 2, 1) if height < limit]
 
 
 def tiling(things: int, limit: int) -> set[int]:
@@ -377,11 +440,11 @@ class ForwardDriver(Driver):
             count.set(count.get() + running)
         for stage in drives:
             self.set(f"drive:{stage.width}.base", self.field(f"drive:{stage.width}.origin"))
-            self.run(stage, code.int(0), count.get())
+            self.run(stage, code.integer(0), count.get())
 
     def _step(self, drives: list[Stage], phase: Int, count: Int, done: Variable) -> None:
         time = self.time(phase)
-        self.point_at_states(phase, count, self.code.int(0))
+        self.point_at_states(phase, count, self.code.integer(0))
         for state in self.cell.states:
             self.set_rows(f"next:{state}", self.history(state, phase))
         for stage in drives:
@@ -390,7 +453,7 @@ class ForwardDriver(Driver):
         for buffer in stepping(self.plan, self.cell):
             self.at_time(buffer, time)
         for stage in self.plan.stages:
-            self.run(stage, self.code.int(0), count)
+            self.run(stage, self.code.integer(0), count)
             self.meet_if_units_are_shared()
 
 
@@ -413,7 +476,7 @@ FEW_INPUTS = 4
 
 
 class BackwardDriver(Driver):
-    """`backward(frame)`: per block of steps the adjoint loop, then the block's share of every gradient while it is warm."""
+    """`backward(frame)`: block by block the adjoint loop, then the block's share of every gradient while it is warm."""
 
     plan: BackwardPlan
 
@@ -543,7 +606,7 @@ class BackwardDriver(Driver):
             self.set_rows(f"after:{state}", self.history(state, phase))
         self._point_at_opening()
         for stage in self.plan.stages:
-            self.run(stage, code.int(0), going)
+            self.run(stage, code.integer(0), going)
             self.run(stage, going, count, opening=1)
             self.meet_if_units_are_shared()
         self._leave(phase, time, count)
@@ -587,12 +650,15 @@ class BackwardDriver(Driver):
             table = self.field(f"{buffer}.base")
             with code.loop(going) as m:
                 code.store_integer(start + m * self.field("rows.stride") * size, table + m * 8)
-            with code.when(self.field("reset").differs(0)), code.loop(going) as m:
-                with code.when(self.is_reset(self.time(after), m) > 0):
-                    code.store_integer(self.field(f"{ring}.zero"), table + m * 8)
+            with (
+                code.when(self.field("reset").differs(0)),
+                code.loop(going) as m,
+                code.when(self.is_reset(self.time(after), m) > 0),
+            ):
+                code.store_integer(self.field(f"{ring}.zero"), table + m * 8)
 
     def _leave(self, phase: Int, time: Int, count: Int) -> None:
-        """Rows that began at this step, or were reset at it, hand the state's adjoint back to where the state came from."""
+        """Rows that began or were reset at this step hand the state's adjoint back to where the state came from."""
         code = self.code
         began = code.minimum(self.own_earlier(phase), count)
         resets = self.field("reset").differs(0)
@@ -676,7 +742,7 @@ class BackwardDriver(Driver):
             self.set(f"{whole}.tile", self.field(f"{ring}.tile"))
             self.set(f"{whole}.tiles", self.field(f"tiles:{ring.split(':')[1]}"))
         self.set("d_x.base", self.field("d_x_rows.table"))
-        self.set("d_x.row", self.code.int(8))
+        self.set("d_x.row", self.code.integer(8))
         self.run(stage, first, last, all_tiles=True)
 
     def _column_sums(self, ring: str, rows: Int) -> None:
@@ -734,8 +800,10 @@ class BackwardDriver(Driver):
         columns = self.field(f"weights{number}.columns")
         vectors = (columns + code.lanes - 1) // code.lanes
         panels = Tiling(code, vectors, OUTER_COLUMNS)
-        with code.loop(rows, step=CHUNK) as chunk:
-            count = code.minimum(rows - chunk, CHUNK)
+        chunks = Tiling(code, rows, CHUNK)
+        begin = code.integer_variable(0)
+        with code.loop(chunks.count) as number_of_chunk:
+            chunk, count = begin.get(), chunks.size(number_of_chunk)
             column = code.integer_variable(0)
             with code.loop(panels.count) as i:
                 taken = panels.size(i)
@@ -748,6 +816,7 @@ class BackwardDriver(Driver):
                         with code.when(self.field(f"d_weight:{node_label(product)}.base").differs(0)):
                             self._outer(product, place, tile, chunk, count, column.get(), taken, lanes)
                 column.set(column.get() + taken * code.lanes)
+            begin.set(begin.get() + count)
 
     def _outer(
         self, product: Node, place: Node, tile: Int, chunk: Int, count: Int, column: Int, taken: Int, lanes: Int

@@ -15,7 +15,9 @@ from contextlib import contextmanager
 from throughtime.engine.targets import cache
 from throughtime.engine.targets.llvm import Code
 
-_MAILBOX = 24  # integers: [0] work is there, [8] work is done, [16] the driver, [17] its frame; 8 apart, a cache line each
+_MAILBOX = (
+    24  # integers: [0] work is there, [8] work is done, [16] the driver, [17] its frame; 8 apart, a cache line each
+)
 _PATIENCE = 4000  # turns of the waiting loop before a worker sleeps: some tens of microseconds
 
 Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
@@ -31,7 +33,7 @@ def _serve_text() -> str:
             code.store_shared(0, code["mailbox"])
             code.call(code.load_integer(code["mailbox"], 8 * 16), [code.load_integer(code["mailbox"], 8 * 17)])
             code.store_shared(1, code["mailbox"] + 8 * 8)
-            idle.set(code.int(0))
+            idle.set(code.integer(0))
         code.pause()
         idle.set(idle.get() + 1)
         leave_when(idle.get() > code["patience"])

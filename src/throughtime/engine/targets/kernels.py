@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from throughtime.engine.plan import Group, Plan, Stage
+from throughtime.engine.plan import BackwardPlan, Group, Plan, Stage
 from throughtime.engine.targets.llvm import Code, Int, Variable, Vector, machine
 from throughtime.equations import expr
 from throughtime.equations.expr import OPS, Node
@@ -109,11 +109,33 @@ class StageKernel:
 
     def text(self) -> str:
         """The kernel as LLVM IR."""
+        if isinstance(self.plan, BackwardPlan):
+            self._ask_ahead()
         totals = self._products()
         for row in range(self.shape.rows):
             for tile in range(self.shape.tiles):
                 self._epilogue(row, tile, totals)
         return self.code.text()
+
+    def _ask_ahead(self) -> None:
+        """Prefetch what the next step back will load: it lies a step away, farther than hardware looks."""
+        wanted: dict[str, tuple[str, int]] = {}
+        for node in expr.postorder(value for value, _ in self.stage.stores):
+            if node.op == "memory":
+                kind, _, name = node.data[0].partition(":")
+                if kind in ("saved", "d_output"):
+                    wanted[node.data[0]] = (node.data[0], 1)
+                elif kind in ("before", "after"):
+                    steps = 2 if kind == "before" else 1
+                    wanted[f"after:{name}"] = (f"after:{name}", max(steps, wanted.get(f"after:{name}", ("", 0))[1]))
+        for buffer, steps in wanted.values():
+            ahead = self.field(f"{buffer}.ahead") * steps
+            size = self.plan.saved_slots[buffer] * self.vector_bytes if buffer in self.plan.saved_slots else 0
+            for row in range(self.shape.rows):
+                for tile in range(self.shape.tiles):
+                    address = self.address(buffer, row, tile) + ahead
+                    for offset in range(0, max(size, self.vector_bytes), 64):
+                        self.code.prefetch(address, offset, locality=2)
 
     # addresses
 
@@ -126,7 +148,7 @@ class StageKernel:
         unit = self.code["tile"] + tile
         if buffer.startswith("vectors") or buffer.startswith("drive_bias"):
             return self.field(f"{buffer}.base") + unit * self.field(f"{buffer}.tile")
-        step = self.field(f"{buffer}.tile") if is_tiled(buffer) else self.code.int(self.vector_bytes)
+        step = self.field(f"{buffer}.tile") if is_tiled(buffer) else self.code.integer(self.vector_bytes)
         return self.row(buffer, row) + unit * step
 
     def row(self, buffer: str, row: int) -> Int:
@@ -165,10 +187,7 @@ class StageKernel:
             return self.code.fill(0.0) if leaf is None else self.load(leaf, row, tile)
 
         totals = [
-            [
-                [self.code.vector_variable(start(a.start, row, tile)) for a in self.stage.accumulators]
-                for tile in tiles
-            ]
+            [[self.code.vector_variable(start(a.start, row, tile)) for a in self.stage.accumulators] for tile in tiles]
             for row in rows
         ]
         for group in self.stage.groups:
@@ -226,17 +245,20 @@ class StageKernel:
         length = sum(run for _, run in runs) * lanes
         together = max(1, 2 * BLOCK // length)
         width = len(feeds) * self.vector_bytes
-        with code.loop(count, step=together) as block, self._block(feeds, totals) as sums:
-            with code.loop(code.minimum(block + together, count), start=block) as tile:
-                done = 0
-                for first, run in runs:
-                    begin = tile * tile_stride + first * self.vector_bytes
-                    rows = [a + begin for a in addresses]
-                    base = (tile * length + done) * width
-                    with code.loop(run * lanes) as k:
-                        here = [p + base + k * width for p in panels]
-                        self._multiply([a + k * item for a in rows], here, feeds, sums)
-                    done += run * lanes
+        with (
+            code.loop(count, step=together) as block,
+            self._block(feeds, totals) as sums,
+            code.loop(code.minimum(block + together, count), start=block) as tile,
+        ):
+            done = 0
+            for first, run in runs:
+                begin = tile * tile_stride + first * self.vector_bytes
+                rows = [a + begin for a in addresses]
+                base = (tile * length + done) * width
+                with code.loop(run * lanes) as k:
+                    here = [p + base + k * width for p in panels]
+                    self._multiply([a + k * item for a in rows], here, feeds, sums)
+                done += run * lanes
 
     def _block(self, feeds: Sequence[int], totals: list[list[list[Variable]]]) -> _Block:
         return _Block(self.code, feeds, totals)
@@ -282,9 +304,7 @@ class _Block:
         self.code, self.feeds, self.totals = code, feeds, totals
 
     def __enter__(self) -> list[list[list[Variable]]]:
-        self.sums = [
-            [[self.code.vector_variable() for _ in self.feeds] for _ in tiles] for tiles in self.totals
-        ]
+        self.sums = [[[self.code.vector_variable() for _ in self.feeds] for _ in tiles] for tiles in self.totals]
         return self.sums
 
     def __exit__(self, *_: object) -> None:
@@ -325,8 +345,8 @@ def contracted(roots: Sequence[Node]) -> dict[Node, int]:
     """
     uses: dict[Node, int] = {}
     order = expr.postorder(roots)
-    for node in [*roots, *(arg for node in order for arg in node.args)]:
-        uses[node] = uses.get(node, 0) + 1
+    for used in [*roots, *(arg for node in order for arg in node.args)]:
+        uses[used] = uses.get(used, 0) + 1
     fused: dict[Node, int] = {}
     for node in order:
         if node.op in ("add", "sub"):
@@ -393,7 +413,7 @@ def outer_kernel(name: str, rows: int, vectors: int, masked: bool, itemsize: int
 
 
 def column_kernel(name: str, slots: int, operand: int, itemsize: int) -> str:
-    """`kernel(ring, stride, rows table, first, count, C, stride of C)`: sums over a block of ring rows, a slot a vector.
+    """`kernel(ring, stride, rows table, first, count, C, stride of C)`: sums over a block of ring rows.
 
     Adds sum_k row[k][first + i] * ring[k] to C[i] for `operand` numbers i of each row; with `operand` 0, the plain sums
     of the ring to C[0]. It serves bias gradients and operands of few columns, where a panel would be mostly empty.
@@ -402,9 +422,10 @@ def column_kernel(name: str, slots: int, operand: int, itemsize: int) -> str:
     width = code.lanes * itemsize
     outputs = max(1, operand)
     sums = [[code.vector_variable() for _ in range(slots)] for _ in range(outputs)]
-    with code.loop(code["count"], step=BLOCK) as block:
+    short = BLOCK if operand else BLOCK // 4  # without a product of its own rounding, a sum shows the order it is taken in
+    with code.loop(code["count"], step=short) as block:
         partial = [[code.vector_variable() for _ in range(slots)] for _ in range(outputs)]
-        with code.loop(code.minimum(code["count"] - block, BLOCK)) as k:
+        with code.loop(code.minimum(code["count"] - block, short)) as k:
             ring = code["ring"] + (block + k) * code["stride"]
             deltas = [code.load(ring, slot * width) for slot in range(slots)]
             numbers: list[Vector] = []
@@ -455,7 +476,7 @@ def dot_kernel(name: str, slots: int, first: int, products: int, columns: int, i
 
 
 def gather_kernel(name: str, vectors: int, itemsize: int) -> str:
-    """`kernel(table, offset, count, destination, stride, lanes)`: copy `vectors` vectors of each pointed row, in order."""
+    """`kernel(table, offset, count, to, stride, lanes)`: copy `vectors` vectors of each pointed row, in order."""
     code = Code(name, ["table", "offset", "count", "to", "stride", "lanes"], itemsize)
     width = code.lanes * itemsize
     mask = code.first(code["lanes"])
@@ -468,7 +489,7 @@ def gather_kernel(name: str, vectors: int, itemsize: int) -> str:
 
 
 def transpose_kernel(name: str, itemsize: int) -> str:
-    """`kernel(from, stride, rows, columns, to, stride of to)`: to[k] = the vector of from[0..lanes][k], zero past `rows`.
+    """`kernel(from, stride, rows, columns, to, stride of to)`: to[k] = from[0..lanes][k], zero past `rows`.
 
     Packs a tile of a weight matrix so that step k of a product reads one vector of all units of the tile.
     """

@@ -81,7 +81,7 @@ class Int:
         self.code, self.value = code, value
 
     def _with(self, operation: str, other: Any, swap: bool = False) -> Int:
-        other = self.code.int(other)
+        other = self.code.integer(other)
         left, right = (other, self) if swap else (self, other)
         return Int(self.code, getattr(self.code.builder, operation)(left.value, right.value))
 
@@ -108,7 +108,7 @@ class Int:
         return self._with("srem", other)
 
     def _compared(self, sign: str, other: Any) -> ir.Value:
-        return self.code.builder.icmp_signed(sign, self.value, self.code.int(other).value)
+        return self.code.builder.icmp_signed(sign, self.value, self.code.integer(other).value)
 
     def __lt__(self, other: Any) -> ir.Value:
         return self._compared("<", other)
@@ -328,12 +328,12 @@ class Vector:
 
     def sigmoid(self) -> Vector:
         """1 / (1 + exp(-self))."""
-        limit = 87.0 if self.code.itemsize == 4 else 708.0
-        e = self.neg().clamp(-limit, limit)._exp_moderate()
+        low, high = (-87.0, 88.75) if self.code.itemsize == 4 else (-708.0, 709.8)
+        e = self.neg().clamp(low, high)._exp_moderate()  # at `high` the power of two is inf: sigmoid(-inf) is 0 exactly
         return self.code.fill(1.0).div(e.add(1.0))
 
     def tanh(self) -> Vector:
-        """m / (m + 2) with m = exp(2 self) - 1 computed without cancellation, so that small arguments keep their digits."""
+        """m / (m + 2), m = exp(2 self) - 1 without cancellation, so that small arguments keep their digits."""
         doubled = self.clamp(-20.0, 20.0).mul(2.0)
         n, r = doubled._split_power()
         scale = self._power_of_two(n)
@@ -360,7 +360,9 @@ class Vector:
         # log(1 + f) = 2 s + s z tail, written around f so that arguments near one keep their digits: 2 s = f - s f
         correction = s.mul(z.mul(z.polynomial(form.log_tail)).sub(f))
         value = e.fma(form.ln2_high, f.add(e.fma(form.ln2_low, correction)))
-        value = self.less_equal(0.0).where(self.less(0.0).where(code.fill(float("nan")), code.fill(float("-inf"))), value)
+        value = self.less_equal(0.0).where(
+            self.less(0.0).where(code.fill(float("nan")), code.fill(float("-inf"))), value
+        )
         infinite = code.fill(float("inf")).less_equal(self)
         return self.is_nan().where(self, infinite.where(self, value))
 
@@ -425,41 +427,42 @@ class Code:
 
     def __getattr__(self, name: str) -> Int:
         try:
-            return self.__dict__["arguments"][name]  # type: ignore[no-any-return]
+            argument: Int = self.__dict__["arguments"][name]
+            return argument
         except KeyError:
             raise AttributeError(f"{name} is neither an argument of {self.__dict__.get('name')} nor a word") from None
 
     # integers and control
 
-    def int(self, value: Any) -> Int:
+    def integer(self, value: Any) -> Int:
         """An integer constant, or the Int itself."""
         return value if isinstance(value, Int) else Int(self, ir.Constant(I64, value))
 
     def integer_variable(self, value: Any) -> Variable:
         """An integer that changes."""
         variable = Variable(self, I64, Int)
-        variable.set(self.int(value))
+        variable.set(self.integer(value))
         return variable
 
     def minimum(self, a: Any, b: Any) -> Int:
         """The smaller integer."""
-        a, b = self.int(a), self.int(b)
+        a, b = self.integer(a), self.integer(b)
         return Int(self, self.builder.select(a < b, a.value, b.value))
 
     def maximum(self, a: Any, b: Any) -> Int:
         """The larger integer."""
-        a, b = self.int(a), self.int(b)
+        a, b = self.integer(a), self.integer(b)
         return Int(self, self.builder.select(a > b, a.value, b.value))
 
     def choose(self, condition: ir.Value, a: Any, b: Any) -> Int:
         """`a` if the condition holds, else `b`."""
-        return Int(self, self.builder.select(condition, self.int(a).value, self.int(b).value))
+        return Int(self, self.builder.select(condition, self.integer(a).value, self.integer(b).value))
 
     @contextmanager
     def loop(self, stop: Any, start: Any = 0, step: Any = 1) -> Iterator[Int]:
         """Count from start to stop, exclusive."""
         build = self.builder
-        stop, start, step = self.int(stop), self.int(start), self.int(step)
+        stop, start, step = self.integer(stop), self.integer(start), self.integer(step)
         before = build.block
         body, after = build.append_basic_block("loop"), build.append_basic_block("after")
         build.cbranch(start < stop, body, after)
@@ -498,7 +501,7 @@ class Code:
 
     def call(self, address: Int, arguments: Sequence[Any]) -> None:
         """Call the C function of integers at an address."""
-        values = [self.int(argument).value for argument in arguments]
+        values = [self.integer(argument).value for argument in arguments]
         kind = ir.FunctionType(ir.VoidType(), [I64] * len(values))
         self.builder.call(self.builder.inttoptr(address.value, kind.as_pointer()), values)
 
@@ -514,7 +517,7 @@ class Code:
 
     def store_integer(self, value: Any, address: Int, offset: int = 0) -> None:
         """Write a 64-bit integer."""
-        self.builder.store(self.int(value).value, self.pointer(address, offset), align=8)
+        self.builder.store(self.integer(value).value, self.pointer(address, offset), align=8)
 
     def load_byte(self, address: Int) -> Int:
         """The byte at an address, as an integer."""
@@ -523,7 +526,7 @@ class Code:
 
     def atomic_add(self, address: Int, value: int) -> None:
         """Add to a shared integer; what was written before is seen by whoever reads the sum with `load_shared`."""
-        self.builder.atomic_rmw("add", self.pointer(address), self.int(value).value, "acq_rel")
+        self.builder.atomic_rmw("add", self.pointer(address), self.integer(value).value, "acq_rel")
 
     def load_shared(self, address: Int) -> Int:
         """A shared integer, and with it whatever its writer wrote before."""
@@ -531,7 +534,7 @@ class Code:
 
     def store_shared(self, value: Any, address: Int) -> None:
         """Write a shared integer after everything written so far."""
-        self.builder.atomic_rmw("xchg", self.pointer(address), self.int(value).value, "acq_rel")
+        self.builder.atomic_rmw("xchg", self.pointer(address), self.integer(value).value, "acq_rel")
 
     def pause(self) -> None:
         """Tell the core that this is a waiting loop."""
@@ -637,7 +640,9 @@ class Code:
         return self.builder.call(function, operands)
 
     def _masked(self, name: str, returned: ir.Type, arguments: Sequence[ir.Type]) -> ir.Function:
-        return self._declared(f"llvm.masked.{name}.v{self.lanes}{self.format.name}.p0", ir.FunctionType(returned, arguments))
+        return self._declared(
+            f"llvm.masked.{name}.v{self.lanes}{self.format.name}.p0", ir.FunctionType(returned, arguments)
+        )
 
     def _declared(self, name: str, kind: ir.FunctionType) -> ir.Function:
         known = self.module.globals.get(name)

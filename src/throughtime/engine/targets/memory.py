@@ -103,8 +103,7 @@ class Arena:
     def integers(self, values: Sequence[int]) -> int:
         """The address of 64-bit integers."""
         address = self.bytes(8 * len(values))
-        array = (ctypes.c_int64 * len(values)).from_address(address)
-        array[:] = values
+        ctypes.memmove(address, (ctypes.c_int64 * len(values))(*values), 8 * len(values))
         return address
 
     def view(self, address: int, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ def forward(problem: Problem, history: list[tuple[Tensor, ...]] | None = None) -
     """Run the recurrence; `history`, if given, is filled with the states [B, width] after each computed step."""
     cell, x, states = problem.cell, problem.x, problem.states
     device = x.device
-    lengths = None if problem.lengths is None else torch.tensor(problem.lengths, device=device)
+    lengths = None if problem.lengths is None else torch.as_tensor(problem.lengths, device=device)
     outputs: list[Tensor] = [x] * problem.steps
     for t in problem.order():
         x_t, outside_t = x[t], at_step(problem, t)

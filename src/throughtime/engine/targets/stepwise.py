@@ -56,6 +56,13 @@ def forward(problem: Problem, save: bool) -> Result:
     return Result(after[cell.output], tuple(current), workspace)
 
 
+def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
+    """The shapes of the workspace that `forward` with `save` leaves, known before it runs."""
+    after = [size for i, size in enumerate(problem.sizes) if i != problem.cell.output]
+    widths = [*problem.sizes, *after, *(_width(problem, node) for node in calculus.saved(problem.cell))]
+    return [(problem.steps, problem.rows, width) for width in widths]
+
+
 def backward(
     problem: Problem,
     result: Result,
@@ -63,7 +70,10 @@ def backward(
     d_states: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of `problem.tensors`, None where `needs` says so, from those of the outputs and the last states (None is 0)."""
+    """The gradients of `problem.tensors`, None where `needs` says so, from those of the outputs and the last states.
+
+    An incoming gradient that is None is zero.
+    """
     cell, x = problem.cell, problem.x
     steps, rows = problem.steps, problem.rows
     adjoint = calculus.adjoint(cell)

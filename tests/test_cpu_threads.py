@@ -1,0 +1,312 @@
+"""Threads, forks, workers, lesser machines, and the cache of the fused CPU target."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from agreement import assert_agree
+from blackboards import MinimalGated, Peephole, random_problem
+from test_cpu import adjoints, outcome, poison, same_bits, share_from
+from torch import Tensor
+
+from throughtime.engine.problem import Problem
+from throughtime.engine.recurrence import run
+from throughtime.engine.targets import cache, gang
+from throughtime.equations.catalogue import CELLS, GRU, LSTM
+
+USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
+TESTS = Path(__file__).parent
+SECONDS = 60
+
+
+@pytest.fixture(autouse=True)
+def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    poison(monkeypatch)
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A script in a process of its own, with the tests' modules at hand; warnings are shown, not raised."""
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True, text=True, timeout=SECONDS,
+    )  # fmt: skip
+
+
+# -- the same bits for any number of threads --------------------------------------------------------------------------
+
+
+def on_threads(problem: Problem, threads: int) -> dict[str, Tensor]:
+    torch.set_num_threads(threads)
+    return outcome(problem, "cpu")
+
+
+WAYS = {
+    "by rows": {"rows": 25},
+    "by ragged rows": {"rows": 7, "lengths": (6, 6, 4, 3, 1, 1, 0)},
+    "by units": {"rows": 2, "hidden_size": 200},
+    "by units, with resets": {"rows": 2, "hidden_size": 200, "reset": True, "reverse": True},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("name", ["gru", "lstm-projected", "gru-reset-before"])
+def test_the_number_of_threads_changes_no_bit(name: str, way: str, monkeypatch: pytest.MonkeyPatch):
+    share_from(monkeypatch, 0)
+    size = {"steps": 6, "input_size": 3, "hidden_size": 17, "dtype": torch.float32, **WAYS[way]}
+    problem = random_problem(USED[name], **size)  # type: ignore[arg-type]
+    alone = on_threads(problem, 1)
+    for threads in (2, 3):
+        together = on_threads(problem, threads)
+        for key in alone:
+            same_bits(together[key], alone[key], f"{threads} threads: {key}")
+
+
+def test_one_thread_asked_for_is_one_thread_used(monkeypatch: pytest.MonkeyPatch):
+    share_from(monkeypatch, 0)
+    used: list[int] = []
+    original = gang.Gang.run
+
+    def watched(crew: gang.Gang, *arguments: Any) -> None:
+        used.append(len(arguments[-1]))
+        original(crew, *arguments)
+
+    monkeypatch.setattr(gang.Gang, "run", watched)
+    problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
+    on_threads(problem, 1)
+    assert used == []
+    on_threads(problem, 2)
+    assert used == [2, 2]
+
+
+# -- many callers -----------------------------------------------------------------------------------------------------
+
+
+def test_eight_threads_call_at_once(monkeypatch: pytest.MonkeyPatch):
+    share_from(monkeypatch, 0)
+    torch.set_num_threads(2)
+    problems = [random_problem(c, 6, 25, 3, 17, dtype=torch.float32, seed=s) for c in (GRU, LSTM) for s in range(4)]
+    expected = [outcome(problem, "cpu") for problem in problems]
+    begin = threading.Barrier(len(problems))
+
+    def work(problem: Problem) -> list[dict[str, Tensor]]:
+        torch.use_deterministic_algorithms(True)
+        begin.wait()
+        return [outcome(problem, "cpu") for _ in range(6)]
+
+    with ThreadPoolExecutor(len(problems)) as pool:
+        for found, right in zip(pool.map(work, problems), expected, strict=True):
+            for result in found:
+                for key in right:
+                    same_bits(result[key], right[key], key)
+
+
+def test_backward_passes_from_several_threads_over_a_deep_graph():
+    problem = random_problem(GRU, 6, 25, 17, 17, dtype=torch.float32)
+
+    def work(_: int) -> Tensor:
+        x = problem.x
+        for _ in range(5):
+            x, _ = run(Problem(GRU, x, problem.states, problem.parameters), "cpu")
+        return torch.autograd.grad(x.sum(), problem.parameters)[0]
+
+    with ThreadPoolExecutor(4) as pool:
+        first, *rest = list(pool.map(work, range(8)))
+    for other in rest:
+        same_bits(other, first)
+
+
+COMMON = """
+import os, sys, torch
+from blackboards import ALL, random_problem
+from test_cpu import outcome
+from agreement import assert_agree
+from throughtime.engine.targets import cpu
+from throughtime.equations.catalogue import GRU
+cpu.ALONE = 0
+torch.set_num_threads(2)
+problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
+right = outcome(problem, "cpu")
+"""
+
+
+def test_a_forked_child_computes_and_ends():
+    script = (
+        COMMON
+        + """
+with torch.no_grad():
+    child = os.fork()
+    if not child:
+        from throughtime.engine.recurrence import run
+        output, _ = run(problem, "cpu")
+        os._exit(0 if torch.equal(output, right["output"]) else 1)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+    )
+    result = python(script)
+    assert result.returncode == 0, result.stderr
+
+
+class Layer(torch.utils.data.Dataset[Tensor]):
+    """Each item is what a layer makes of a sequence, with its weight gradient."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        output, _ = run(self.problem, "cpu")
+        return output.detach() * (index + 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_layer_runs_in_the_workers_of_a_loader():
+    problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
+    output, _ = run(problem, "cpu")
+    loader = torch.utils.data.DataLoader(
+        Layer(problem), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=SECONDS
+    )
+    for index, item in enumerate(loader):
+        assert torch.equal(item, output.detach() * (index + 1))
+
+
+# -- lesser machines --------------------------------------------------------------------------------------------------
+
+LESSER = """
+from throughtime.engine.targets import cpu, kernels, llvm, drivers
+from throughtime.engine import plan as plans
+from blackboards import ALL, random_problem
+from test_cpu import agree
+import torch
+torch.set_num_threads(1)
+for name in {cells}:
+    agree(random_problem(ALL[name], 3, 3, 3, 9, dtype=torch.float32, lengths=(3, 2, 0), reset=True))
+agree(random_problem(ALL["gru"], 3, 3, 3, 5))
+cell = ALL["gru"]
+plan = plans.forward(cell)
+kernel = kernels.StageKernel(
+    "kernel", plan, plan.stages[0], kernels.Shape(2, 1, False), drivers.frame_of(cell, plan), 4, True
+)
+print(llvm.assembly(kernel.text()))
+"""
+
+
+@pytest.mark.parametrize(("name", "register", "wider"), [("x86-64-v3", "ymm", "zmm"), ("x86-64-v2", "xmm", "ymm")])
+def test_a_lesser_machine_gets_narrower_code_that_is_right(name: str, register: str, wider: str):
+    if os.uname().machine not in ("x86_64", "AMD64"):
+        pytest.skip("another kind of processor")
+    cells = ["gru", "lstm", "elman", "gru-reset-before"] if name.endswith("3") else ["elman", "lstm"]
+    result = python(LESSER.format(cells=cells), THROUGHTIME_CPU=name)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert f"%{register}" in result.stdout
+    assert f"%{wider}" not in result.stdout
+
+
+# -- the cache --------------------------------------------------------------------------------------------------------
+
+SMALL = """
+import torch
+from blackboards import random_problem
+from throughtime.engine.targets import cpu, llvm
+from throughtime.engine.recurrence import run
+from throughtime.equations.catalogue import Elman
+compiled = []
+original = llvm.compiled
+llvm.compiled = lambda text: compiled.append(1) or original(text)
+output, _ = run(random_problem(Elman, 2, 1, 2, 3), "cpu")
+print(len(compiled), output.sum().item())
+"""
+
+
+def small(**environment: str) -> tuple[int, str, str]:
+    """How many kernels were compiled, the result, what was warned about."""
+    result = python(SMALL, **environment)
+    assert result.returncode == 0, result.stderr
+    count, value = result.stdout.split()
+    return int(count), value, result.stderr
+
+
+def entries(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def test_a_warm_cache_compiles_nothing_and_a_damaged_entry_is_made_again(tmp_path: Path):
+    kept = {"THROUGHTIME_CACHE": str(tmp_path / "cache")}
+    cold, value, said = small(**kept)
+    assert cold > 0
+    assert said == ""
+    assert small(**kept) == (0, value, "")
+    short, garbled, *_ = found = entries(tmp_path)
+    assert len(found) == cold
+    before = garbled.read_bytes()
+    short.write_bytes(short.read_bytes()[:50])
+    garbled.write_bytes(before[:-4] + b"\0\1\2\3")
+    assert small(**kept) == (2, value, "")
+    assert garbled.read_bytes()[:32] == before[:32] or small(**kept)[0] == 0
+    if hasattr(os, "getuid"):
+        assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in (tmp_path / "cache").rglob("*"))
+
+
+def test_two_processes_may_fill_one_cache(tmp_path: Path):
+    kept = {"THROUGHTIME_CACHE": str(tmp_path / "cache")}
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: small(**kept), range(2))
+    assert first[1:] == second[1:]
+    assert small(**kept) == (0, first[1], "")
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
+def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path):
+    open_to_all = tmp_path / "cache"
+    open_to_all.mkdir()
+    open_to_all.chmod(0o770)
+    count, _, said = small(THROUGHTIME_CACHE=str(open_to_all))
+    assert count > 0
+    assert "can be written by others" in said
+    assert entries(open_to_all) == []
+
+
+def test_where_there_can_be_no_folder_it_is_said_and_works(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    count, _, said = small(THROUGHTIME_CACHE=str(tmp_path / "file" / "cache"))
+    assert count > 0
+    assert said.count("cannot be kept") == 1
+
+
+def test_a_folder_that_turns_read_only_is_said_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        cache._write(tmp_path / "entry", b"code")
+    assert ["could not be kept" in str(w.message) for w in said] == [True]
+
+
+def test_the_reference_agrees_with_what_threads_compute():
+    problem = random_problem(Peephole, 6, 25, 3, 17, dtype=torch.float64)
+    torch.set_num_threads(2)
+    d_output, d_states = adjoints(problem)
+    given = {"d_output": d_output, "d_states": d_states}
+    actual, expected = outcome(problem, "cpu", **given), outcome(problem, "reference", **given)  # type: ignore[arg-type]
+    assert_agree(actual, expected)
