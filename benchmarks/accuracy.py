@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from torch import Tensor
 import throughtime.nn as ours
 
 RESULTS = Path(__file__).parent / "results"
-PAIRS: dict[str, tuple[type[torch.nn.RNNBase], type[torch.nn.RNNBase]]] = {
+PAIRS: dict[str, tuple[Callable[[int, int], torch.nn.RNNBase], Callable[[int, int], torch.nn.RNNBase]]] = {
     "elman": (ours.RNN, torch.nn.RNN),
     "gru": (ours.GRU, torch.nn.GRU),
     "lstm": (ours.LSTM, torch.nn.LSTM),
@@ -55,7 +55,7 @@ class Measured:
 
 
 def measure(cell: str, size: Size, seeds: Sequence[int]) -> Iterator[Measured]:
-    """The errors of every output and gradient over some random problems of one size (T, B, I, H).
+    """The errors of every output and gradient over random problems of one size (T, B, I, H).
 
     Problems are pooled: the error of a handful of numbers is chance.
     """

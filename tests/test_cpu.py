@@ -1,4 +1,4 @@
-"""The fused CPU target against the float64 reference: every cell, odd sizes, layouts, NaN, Inf, and the same bits in any company."""
+"""The fused CPU target against the float64 reference: cells, sizes, layouts, NaN, Inf, the same bits in any company."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_repeated_rows_of_state_and_weights_in_other_layouts():
 @pytest.mark.parametrize("value", [NAN, INF], ids=str)
 @pytest.mark.parametrize("name", ["gru", "lstm", "gru-reset-before"])
 def test_what_is_not_finite_spreads_as_in_the_reference(name: str, value: float):
-    """One entry of each operand in turn: the same entries of every result are NaN, and the same infinite."""
+    """One entry of each operand in turn: the same entries of every result are no longer finite."""
     problem = random_problem(USED[name], 3, 7, 3, 17, dtype=torch.float32)
     for place in range(len(problem.tensors)):
         tensors = [t.detach().clone() for t in problem.tensors]

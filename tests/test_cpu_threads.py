@@ -56,7 +56,7 @@ def on_threads(problem: Problem, threads: int) -> dict[str, Tensor]:
     return outcome(problem, "cpu")
 
 
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "by rows": {"rows": 25},
     "by ragged rows": {"rows": 7, "lengths": (6, 6, 4, 3, 1, 1, 0)},
     "by units": {"rows": 2, "hidden_size": 200},
@@ -68,8 +68,8 @@ WAYS = {
 @pytest.mark.parametrize("name", ["gru", "lstm-projected", "gru-reset-before"])
 def test_the_number_of_threads_changes_no_bit(name: str, way: str, monkeypatch: pytest.MonkeyPatch):
     share_from(monkeypatch, 0)
-    size = {"steps": 6, "input_size": 3, "hidden_size": 17, "dtype": torch.float32, **WAYS[way]}
-    problem = random_problem(USED[name], **size)  # type: ignore[arg-type]
+    size: dict[str, Any] = {"steps": 6, "input_size": 3, "hidden_size": 17, "dtype": torch.float32, **WAYS[way]}
+    problem = random_problem(USED[name], **size)
     alone = on_threads(problem, 1)
     for threads in (2, 3):
         together = on_threads(problem, threads)
@@ -121,8 +121,8 @@ def test_backward_passes_from_several_threads_over_a_deep_graph():
 
     def work(_: int) -> Tensor:
         x = problem.x
-        for _ in range(5):
-            x, _ = run(Problem(GRU, x, problem.states, problem.parameters), "cpu")
+        for _layer in range(5):
+            x, _states = run(Problem(GRU, x, problem.states, problem.parameters), "cpu")
         return torch.autograd.grad(x.sum(), problem.parameters)[0]
 
     with ThreadPoolExecutor(4) as pool:
@@ -164,7 +164,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 class Layer(torch.utils.data.Dataset[Tensor]):
-    """Each item is what a layer makes of a sequence, with its weight gradient."""
+    """Each item is what a recurrence makes of the same sequences, times its number plus one."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem

@@ -138,7 +138,7 @@ def test_arithmetic_is_the_processors(itemsize: int):
     assert np.array_equal(apply("sign", itemsize, a), np.sign(a))
     assert np.array_equal(apply("relu", itemsize, a), np.maximum(a, 0))
     assert np.array_equal(apply("sqrt", itemsize, np.abs(a)), np.sqrt(np.abs(a)))
-    assert np.array_equal(apply("less", itemsize, a, b, a), np.where(a < b, a, kind(7)))
+    assert np.array_equal(apply("less", itemsize, a, b, a), np.where(a < b, a, np.full_like(a, 7)))
     assert np.array_equal(apply("less_equal", itemsize, a, a, b), b)
     x = 1 + kind(2.0) ** -np.arange(10, 20, dtype=kind)
     product = apply("mul", itemsize, x, x)

@@ -190,3 +190,11 @@ def _through_reference(
         )
     )
     return tuple(next(found) if need else None for need in needs)
+
+
+def listing(cell: Cell, target: str, assembly: bool = False) -> str:
+    """The code that a target generates for a step of a cell; TargetError if the target generates none."""
+    if target not in TARGETS or not hasattr(target_module(target), "listing"):
+        raise TargetError(f"{target!r} generates no kernels to print; the target that does is cpu")
+    text: str = target_module(target).listing(cell, assembly=assembly)
+    return text

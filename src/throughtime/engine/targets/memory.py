@@ -27,7 +27,7 @@ class Pool:
     """Blocks of memory by size, the ones not in use."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()  # a collected tensor gives its block back wherever the collector runs, here too
         self.blocks: dict[int, list[np.ndarray]] = {}
         self.kept = 0
 
