@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from throughtime.engine import plan
-from throughtime.engine.targets import drivers, kernels, llvm
+from throughtime.engine.targets import llvm
 from throughtime.equations import calculus, expr
 
 _addresses: dict[tuple[object, ...], int] = {}
@@ -99,8 +99,9 @@ def directory() -> Path | None:
 def _generation() -> str:
     """The generators' source, the compiler and the machine, as one name."""
     digest = hashlib.sha256(llvm.fingerprint().encode())
-    for module in (llvm, kernels, drivers, plan, calculus, expr):
-        digest.update(Path(str(module.__file__)).read_bytes())
+    here = Path(__file__).parent
+    for path in (*sorted(here.glob("*.py")), *(Path(str(module.__file__)) for module in (plan, calculus, expr))):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:32]
 
 

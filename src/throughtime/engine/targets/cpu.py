@@ -31,7 +31,7 @@ from throughtime.equations.expr import Node
 DRIVE_BYTES = 256 * 1024
 """Input products kept per thread before the steps that use them: a part of the second cache."""
 
-RING_BYTES = 512 * 1024
+RING_BYTES = 384 * 1024
 """Deltas kept before their share of the gradients is taken: they should still be in the second caches then."""
 
 RING_ROWS = 128
@@ -39,6 +39,12 @@ RING_ROWS = 128
 
 STREAMED_BYTES = 6 * 1024 * 1024
 """Saved values of more than this are written past the caches, which they would only sweep clean."""
+
+MOST_RING_ROWS = 1024
+"""The most rows of a block, so that no sum over rows becomes a long chain of roundings."""
+
+MOST_SHARDS = 8
+"""The most parts that the rows of a backward run are divided into; each has sums as large as the weights."""
 
 ALONE = 1_000_000
 """Multiply-adds of a whole run below which one thread is quicker than the meeting of several."""
@@ -71,11 +77,9 @@ class Compiled:
         self.frame = drivers.frame_of(cell, self.plan)
         self.stages = drivers.stages_of(self.plan, cell)
         self.key = (cell.hash, direction, itemsize)
-        make = drivers.BackwardDriver if direction == "backward" else drivers.ForwardDriver
-        self.driver = cache.function(
-            (*self.key, "driver"), direction, lambda: make(direction, cell, self.plan, self.frame, itemsize).text()
-        )
-        self.run = gang.Function(self.driver)
+        self.backward = direction == "backward"
+        self.pack, self.walk = self._driver("pack"), self._driver("walk")
+        self.add_up = self._driver("add_up") if self.backward else None
         self.table = (ctypes.c_int64 * (len(self.stages) * drivers.TABLE_BYTES // 8))()
         self.limits = (ctypes.c_int64 * (len(self.stages) * (LIMIT + 1)))()
         for number, stage in enumerate(self.stages):
@@ -83,6 +87,16 @@ class Compiled:
             for rows in range(1, LIMIT + 1):
                 self.limits[number * (LIMIT + 1) + rows] = kernels.tile_limit(vectors, rows)
         self.ready: set[tuple[object, ...]] = set()
+
+    def _driver(self, name: str) -> gang.Call:
+        """One of the drivers, by the name of the method that writes it."""
+        kind = drivers.BackwardDriver if self.backward else drivers.ForwardDriver
+
+        def write() -> str:
+            text: str = getattr(kind(name, self.cell, self.plan, self.frame, self.itemsize), name)()
+            return text
+
+        return gang.Call(cache.function((*self.key, name), name, write))
 
     def prepare(
         self, stage: Stage, counts: Iterable[int], ladder: bool, tiles: Sequence[tuple[int, int]], units: int
@@ -228,34 +242,52 @@ class Share:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How threads divide a run: by rows, or all rows by units."""
+    """How a run is divided into frames: by rows, each frame on its own, or all rows by units, in step."""
 
     shares: tuple[Share, ...]
-    units_shared: bool
+    units_shared: bool = False
 
-    def tiles(self, thread: int, total: int) -> tuple[int, int]:
-        """A thread's tiles of units in the loop."""
+    def tiles(self, frame: int, total: int) -> tuple[int, int]:
+        """A frame's tiles of units in the loop."""
         if not self.units_shared:
             return 0, total
-        threads = len(self.shares)
-        return total * thread // threads, total * (thread + 1) // threads
+        frames = len(self.shares)
+        return total * frame // frames, total * (frame + 1) // frames
+
+    def crews(self) -> list[list[int]]:
+        """The frames that see the same buffers: all where they share units, else each its own."""
+        every = list(range(len(self.shares)))
+        return [every] if self.units_shared else [[frame] for frame in every]
 
 
-@remembered
-def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int) -> Sharing:
-    """Rows where there are enough of them, else units where there are enough of those, else one thread."""
-    if threads > 1 and work >= ALONE:
-        if ragged and rows >= 2 * threads:
-            return Sharing(tuple(Share(k, threads, -(-(rows - k) // threads)) for k in range(threads)), False)
-        if rows >= 8 * threads or (rows >= 2 * threads and tiles < 4 * threads):
-            pieces = -(-rows // 8)  # whole pieces of eight where there are plenty of them
-            edges = [rows * k // threads for k in range(threads + 1)]
-            if pieces >= 4 * threads:
-                edges = [min(rows, 8 * (pieces * k // threads)) for k in range(threads)] + [rows]
-            return Sharing(tuple(Share(a, 1, b - a) for a, b in pairwise(edges)), False)
-        if tiles >= 4 * threads and work >= 8 * ALONE:
-            return Sharing(tuple(Share(0, 1, rows) for _ in range(threads)), True)
-    return Sharing((Share(0, 1, rows),), False)
+def by_rows(frames: int, rows: int, ragged: bool) -> Sharing:
+    """So many frames with about as many rows each; ragged rows are dealt out, so that long ones fall to all."""
+    if ragged:
+        return Sharing(tuple(Share(k, frames, -(-(rows - k) // frames)) for k in range(frames)))
+    pieces = -(-rows // 8)  # whole pieces of eight where there are plenty of them
+    edges = [rows * k // frames for k in range(frames + 1)]
+    if pieces >= 4 * frames:
+        edges = [min(rows, 8 * (pieces * k // frames)) for k in range(frames)] + [rows]
+    return Sharing(tuple(Share(a, 1, b - a) for a, b in pairwise(edges)))
+
+
+def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int, sums: bool) -> Sharing:
+    """Rows where there are enough of them, else units where there are enough of those, else one frame.
+
+    A run that sums over rows (`sums`) is divided by rows in a way that the machine and the sizes decide, not the number
+    of threads, for that division orders the sums.
+    """
+    alone = Sharing((Share(0, 1, rows),))
+    if work < ALONE:
+        return alone
+    by_units = tiles >= 4 * threads and work >= 8 * ALONE
+    most = min(MOST_SHARDS, os.cpu_count() or 1) if sums else threads
+    if rows >= 16 or (rows >= 4 and tiles < 8):
+        frames = min(most, max(2, rows // 8))
+        return by_rows(frames, rows, ragged) if frames > 1 else alone
+    if threads > 1 and by_units:
+        return Sharing(tuple(Share(0, 1, rows) for _ in range(threads)), units_shared=True)
+    return alone
 
 
 class Setting:
@@ -313,7 +345,7 @@ class Setting:
         self.put("kernels", ctypes.addressof(self.code.table))
         self.put("tile_limits", ctypes.addressof(self.code.limits))
         self.put("transpose", transpose(self.item))
-        self.put("threads", len(self.frames))
+        self.put("threads", len(self.frames) if self.sharing.units_shared else 1)
         self.put("ladder", int(self.ladder))
         self.put("units_shared", int(self.sharing.units_shared))
         self.put("barrier", self.cleared(64))
@@ -328,7 +360,8 @@ class Setting:
             self.put(f"vectors:{width}.tile", len(slots) * self.vector_bytes)
             self.put(f"vectors:{width}.base", self.arena.bytes(self.tiles[width] * len(slots) * self.vector_bytes))
         for thread, share in enumerate(self.sharing.shares):
-            self.put_for(thread, "thread", thread)
+            self.put_for(thread, "thread", thread if self.sharing.units_shared else 0)
+            self.put_for(thread, "packer", thread)
             self.put_for(thread, "rows.first", share.first)
             self.put_for(thread, "rows.stride", share.stride)
             self.put_for(thread, "rows.count", share.count)
@@ -451,12 +484,23 @@ class Setting:
         for address, size in self.zeroed:
             ctypes.memset(address, 0, size)
 
-    def execute(self, crew: gang.Gang | None) -> None:
-        """Run the driver on every thread's frame and wait for all of them."""
-        if crew is None:
-            self.code.run(self.addresses[0])
+    def execute(self, crew: gang.Team | gang.Gang | None) -> None:
+        """Run the drivers on the frames, as many at once as there are threads, and wait for all of them."""
+        threads = 1 + crew.helpers if crew else 1
+        packers = min(threads, len(self.frames))
+        self.put("packers", packers)
+        self._run(crew, self.code.pack, self.addresses[:packers])
+        for first in range(0, len(self.frames), threads):
+            self._run(crew, self.code.walk, self.addresses[first : first + threads])
+        if self.code.add_up and len(self.sharing.crews()) > 1:
+            self._run(crew, self.code.add_up, self.addresses[:packers])
+
+    def _run(self, crew: gang.Team | gang.Gang | None, call: gang.Call, addresses: list[int]) -> None:
+        if crew is None or len(addresses) == 1:
+            for address in addresses:
+                call.function(address)
         else:
-            crew.run(self.code.run, self.code.driver, self.addresses)
+            crew.run(call, addresses)
 
     def drop(self) -> None:
         """Let go of the tensors of a run."""
@@ -525,15 +569,15 @@ def _sizes(problem: Problem) -> tuple[object, ...]:
 _sharings: dict[tuple[object, ...], Sharing] = {}
 
 
-def _sharing_of(problem: Problem, sizes: tuple[object, ...]) -> Sharing:
-    """How the threads that torch is allowed divide this run."""
-    key = (torch.get_num_threads(), *sizes)
+def _sharing_of(problem: Problem, sizes: tuple[object, ...], threads: int, sums: bool) -> Sharing:
+    """How so many threads divide this run."""
+    key = (threads, sums, *sizes)
     found = _sharings.get(key)
     if found is None:
         work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
         lanes = llvm.machine().lanes(problem.x.element_size())
         tiles = -(-problem.hidden_size // lanes)
-        found = sharing(torch.get_num_threads(), problem.rows, tiles, problem.lengths is not None, work)
+        found = sharing(threads, problem.rows, tiles, problem.lengths is not None, work, sums)
         _sharings[key] = found
     return found
 
@@ -545,29 +589,16 @@ def _sharing_of(problem: Problem, sizes: tuple[object, ...]) -> Sharing:
 def forward(problem: Problem, save: bool) -> Result:
     """Run the recurrence; with `save`, the workspace is what the backward run wants to see again."""
     sizes = _sizes(problem)
-    wanted = _sharing_of(problem, sizes)
-    with gang.gathered(len(wanted.shares)) as crew:
-        shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
+    threads = torch.get_num_threads()
+    wanted = _sharing_of(problem, sizes, threads, sums=False)
+    with gang.gathered(min(threads, len(wanted.shares))) as crew:
+        shared = wanted if crew else _sharing_of(problem, sizes, 1, sums=False)
         key = ("forward", save, len(shared.shares), *sizes)
         setting = _settings.take(key) or _Forward(problem, save, shared)
         assert isinstance(setting, _Forward)
         result = setting.run(problem, crew)
         _settings.give(key, setting)
         return result
-
-
-def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
-    """The shapes of the workspace that `forward` with `save` leaves, known before it runs."""
-    cell = problem.cell
-    lanes = llvm.machine().lanes(problem.x.element_size())
-    units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
-    padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
-    widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
-    for buffer, slots in plans.forward(cell).slots.items():
-        kind, width = buffer.split(":")
-        if kind == "saved":
-            widths.append(padded[width] * slots)
-    return [(problem.steps, problem.rows, width) for width in widths]
 
 
 class _Forward(Setting):
@@ -638,7 +669,7 @@ class _Forward(Setting):
         counts = [share.running(n) for n in active]
         return sorted({sum(counts[i : i + self.block]) for i in range(0, len(counts), self.block)} - {0})
 
-    def run(self, problem: Problem, crew: gang.Gang | None) -> Result:
+    def run(self, problem: Problem, crew: gang.Team | gang.Gang | None) -> Result:
         """One run on these tensors."""
         cell = self.cell
         self.bind(problem)
@@ -713,9 +744,10 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of `problem.tensors`, None where `needs` says so; an adjoint of None is zero."""
     sizes = _sizes(problem)
-    wanted = _sharing_of(problem, sizes)
-    with gang.gathered(len(wanted.shares)) as crew:
-        shared = wanted if crew else Sharing((Share(0, 1, problem.rows),), False)
+    threads = torch.get_num_threads()
+    wanted = _sharing_of(problem, sizes, threads, sums=True)
+    with gang.gathered(min(threads, len(wanted.shares))) as crew:
+        shared = wanted if crew else _sharing_of(problem, sizes, 1, sums=True)
         key = ("backward", tuple(needs), len(shared.shares), *sizes)
         setting = _settings.take(key) or _Backward(problem, needs, shared)
         assert isinstance(setting, _Backward)
@@ -736,15 +768,17 @@ class _Backward(Setting):
         edges = [sum(counts[:i]) for i in range(len(counts) + 1)]
         self.needs = [list(needs[a:b]) for a, b in pairwise(edges)]
         self.resets = problem.reset is not None
-        self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // self.rows))
-        self.block = min(self.steps, self.block)
-        self.ring_rows = self.block * self.rows
+        self.most_rows = max(share.count for share in shared.shares)
+        self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // self.most_rows))
+        self.block = max(1, min(self.steps, self.block, MOST_RING_ROWS // self.most_rows))
+        self.ring_rows = self.block * self.most_rows
         self.put("block", self.block)
         self.put("ring.rows", self.ring_rows)
         self.put("outer", ctypes.addressof(_outer_table(self.item)))
         self.put("gather", ctypes.addressof(_gather_table(self.item)))
         self.put("d_x.wanted", int(self.needs[0][0] and _has_input_product(cell)))
         self.put("leaving", int(any(self.needs[1]) or self.resets))
+        self._parts(problem)
         self._buffers()
         self._tables()
         self._weights()
@@ -754,28 +788,49 @@ class _Backward(Setting):
             self.panel(stage)
         self._prepare()
 
+    def _parts(self, problem: Problem) -> None:
+        """Gradients of the rows of every frame but the first, which are added to the first one's in the end."""
+        self.crews = self.sharing.crews()
+        self.parts: dict[str, list[int]] = {}
+        self.part_tables: dict[str, int] = {}
+        for parameter, tensor, need in zip(self.cell.parameters, problem.parameters, self.needs[2], strict=True):
+            others = self.crews[1:]
+            self.parts[parameter.name] = [self.arena.bytes(tensor.numel() * self.item) if need else 0 for _ in others]
+            self.part_tables[parameter.name] = self.arena.integers(self.parts[parameter.name] or [0])
+        self.put("sums", self.arena.bytes(8 + 32 * len(self.cell.parameters)))
+
     def _ring_row(self) -> int:
-        """Bytes of the deltas of one step of the whole batch."""
+        """Bytes of the deltas of one step of a frame's rows."""
         slots = sum(n * self.tiles[b.split(":")[1]] for b, n in self.plan.slots.items() if b.startswith("ring"))
-        return max(1, slots * self.vector_bytes * self.rows)
+        return max(1, slots * self.vector_bytes * self.most_rows)
 
     def _buffers(self) -> None:
         for buffer, slots in self.plan.slots.items():
             kind, width = buffer.split(":")
             if kind == "ring":
-                self._ring(buffer, width, slots)
+                for crew in self.sharing.crews():
+                    self._ring(crew, buffer, width, slots)
             elif kind in ("carry", "scratch"):
                 self.tiled(buffer, self.rows, width, slots)
                 if kind == "carry":
                     size = self.rows * self.values[f"{buffer}.size"]
                     self.zeroed.append((self.values[f"{buffer}.origin"], size))
         for operand, place in self.plan.operands.items():
-            self.tiled(place.data[0], self.ring_rows, plans.operand_width(self.cell, operand), 1)
+            name, width = place.data[0], plans.operand_width(self.cell, operand)
+            self.tiled(name, 0, width, 1)
+            for crew in self.sharing.crews():
+                self.put_all(crew, f"{name}.origin", self.arena.bytes(self.ring_rows * self.values[f"{name}.row"]))
 
-    def _ring(self, buffer: str, width: str, slots: int) -> None:
+    def put_all(self, crew: list[int], name: str, value: int) -> None:
+        """Set a field of the frames that see the same buffers."""
+        self.values.setdefault(name, value)
+        for frame in crew:
+            self.put_for(frame, name, value)
+
+    def _ring(self, crew: list[int], buffer: str, width: str, slots: int) -> None:
         """[tiles][rows][slots] of vectors; after the block's rows come those kept from the block before, then zeros."""
         size = slots * self.vector_bytes
-        rows = self.ring_rows + self.rows + 1
+        rows = self.ring_rows + self.most_rows + 1
         tile = rows * size + 128  # so that the tiles of a row do not fall on one set of the first cache
         base = self.arena.bytes(tile * self.tiles[width])
         zero = base + (rows - 1) * size
@@ -783,29 +838,31 @@ class _Backward(Setting):
             ctypes.memset(zero + number * tile, 0, size)
         parts = {"size": size, "row": size, "tile": tile, "tiles": self.tiles[width], "origin": base, "base": base}
         for part, value in {**parts, "zero": zero}.items():
-            self.put(f"{buffer}.{part}", value)
+            self.put_all(crew, f"{buffer}.{part}", value)
         following = buffer.replace("ring:", "ring_next:")
         self.put(f"{following}.tile", tile)
         self.put(f"{following}.tiles", self.tiles[width])
         self.put(f"{following}.row", 8)
-        for thread, share in enumerate(self.sharing.shares):
-            self.put_for(thread, f"{following}.base", self.arena.bytes(share.count * 8))
+        for frame in crew:
+            self.put_for(frame, f"{following}.base", self.arena.bytes(self.most_rows * 8))
         vectors = [n for n, p in zip(self.needs[2], self.cell.parameters, strict=True) if not p.is_matrix]
         if any(vectors):
             self.put(f"column_sums:{width}", columns(self.item, slots, 0))
             self.put(f"sums:{width}.wanted", 1)
-            self.put(f"sums:{width}.base", self.cleared(self.tiles[width] * slots * self.vector_bytes))
+            sums = self.cleared(self.tiles[width] * slots * self.vector_bytes)
+            self.put_all(crew, f"sums:{width}.base", sums)
 
     def _tables(self) -> None:
         """Tables of row addresses, an entry for each row of the ring."""
         names = [f"before:{state}" for state in self.cell.states] + ["x_rows", "d_x_rows"]
-        for name in [*names, *(place.data[0] for place in self.plan.operands.values())]:
-            self.put(f"{name}.table", self.arena.bytes(self.ring_rows * 8))
-        for thread, share in enumerate(self.sharing.shares):
-            for state in self.cell.states:
-                self.put_for(thread, f"before:{state}.entry", share.stride * 8)
+        for crew in self.sharing.crews():
+            for name in [*names, *(place.data[0] for place in self.plan.operands.values())]:
+                self.put_all(crew, f"{name}.table", self.arena.bytes(self.ring_rows * 8))
+        for state in self.cell.states:
+            self.put(f"before:{state}.entry", 8)
+        for frame in range(len(self.frames)):
             panel = drivers.CHUNK * OUTER_COLUMNS * self.vector_bytes
-            self.put_for(thread, "panel.base", self.arena.bytes(panel))
+            self.put_for(frame, "panel.base", self.arena.bytes(panel))
 
     def _weights(self) -> None:
         """Which weight gradients are wanted, and room for those of few columns."""
@@ -823,7 +880,8 @@ class _Backward(Setting):
             if operand.op == "input" and self._columns(operand) <= drivers.FEW_COLUMNS:
                 slots, count = self.plan.slots[ring], self._columns(operand)
                 size = self.tiles[width] * count * slots * self.vector_bytes
-                self.put(f"few{number}.base", self.cleared(size))
+                for crew in self.sharing.crews():
+                    self.put_all(crew, f"few{number}.base", self.cleared(size))
                 self.put(f"few{number}.kernel", columns(self.item, slots, count))
                 self.few.append(number)
             else:
@@ -864,13 +922,15 @@ class _Backward(Setting):
                     self._have(stage, self._gradient_counts(), [(0, self.tiles["input"])])
 
     def _gradient_counts(self) -> list[int]:
-        """Numbers of rows in a thread's share of a block."""
-        threads = len(self.frames)
+        """Numbers of rows of a block whose input gradients a frame takes."""
         active = self.active[::-1] if self.reverse else self.active
+        pieces = len(self.frames) if self.sharing.units_shared else 1
         found: set[int] = set()
-        for begin in range(0, len(active), self.block):
-            rows = sum(active[begin : begin + self.block])
-            found |= {rows * (k + 1) // threads - rows * k // threads for k in range(threads)}
+        for share in self.sharing.shares:
+            counts = [share.running(n) for n in active]
+            for begin in range(0, len(counts), self.block):
+                rows = sum(counts[begin : begin + self.block])
+                found |= {rows * (k + 1) // pieces - rows * k // pieces for k in range(pieces)}
         return sorted(found - {0})
 
     # one run
@@ -881,7 +941,7 @@ class _Backward(Setting):
         result: Result,
         d_output: Tensor | None,
         d_states: Sequence[Tensor | None],
-        crew: gang.Gang | None,
+        crew: gang.Team | gang.Gang | None,
     ) -> tuple[Tensor | None, ...]:
         """One run on these tensors."""
         self.bind(problem)
@@ -951,16 +1011,23 @@ class _Backward(Setting):
         if self.values["leaving"]:
             self._make_state_gradients(problem, d_states)
         self.d_parameters: list[Tensor | None] = []
+        entries = [0]
         for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):
-            d_parameter = torch.zeros_like(tensor, memory_format=torch.contiguous_format) if need else None
+            d_parameter = torch.empty(tensor.shape, dtype=self.dtype) if need else None
             self.d_parameters.append(d_parameter)
-            rows = tensor.shape[0] // len(parameter.gates)
-            stride = tensor.shape[1] * self.item if parameter.is_matrix else self.item
-            start = 0 if d_parameter is None else d_parameter.data_ptr()
+            starts = [d_parameter.data_ptr() if d_parameter is not None else 0, *self.parts[parameter.name]]
+            columns_of = tensor.shape[1] if parameter.is_matrix else 1
+            size = tensor.shape[0] // len(parameter.gates) * columns_of * self.item
             for i, gate in enumerate(parameter.gates):
                 label = f"d_weight:{parameter.namespace}.{gate}"
-                self.put(f"{label}.base", start + i * rows * stride if start else 0)
-                self.put(f"{label}.stride", stride)
+                self.put(f"{label}.stride", columns_of * self.item)
+                for crew, start in zip(self.crews, starts, strict=True):
+                    for frame in crew:
+                        self.put_for(frame, f"{label}.base", start + i * size if start else 0)
+            if need:
+                entries += [starts[0], self.part_tables[parameter.name], len(starts) - 1, tensor.numel()]
+        entries[0] = len(entries) // 4
+        ctypes.memmove(self.values["sums"], (ctypes.c_int64 * len(entries))(*entries), 8 * len(entries))
 
     def _make_state_gradients(self, problem: Problem, d_states: Sequence[Tensor | None]) -> None:
         for i, state in enumerate(self.cell.states):

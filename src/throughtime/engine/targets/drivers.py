@@ -1,9 +1,10 @@
 """The time loops: pack the weights, then walk the steps and call kernels, forward or backward, in blocks of steps.
 
-One driver per cell and direction, the same for every size. Each thread runs it with a frame of its own. Threads share
-either the rows or the units of a step (`rows.*` and `tiles.*` in the frame); where they must agree they meet at a
-barrier. Which thread computes what changes no bit: rows are independent in the loop, and after it the sums over rows
-are shared out by where they are written, each summed by one thread in one order.
+A few drivers per cell and direction, the same for every size: one packs (and clears what is added to), one walks time,
+and after a backward walk one adds up. Each is run once per frame. Frames share either the rows or the units of a step
+(`rows.*` and `tiles.*`). Frames that share rows know nothing of each other: each has its own ring of deltas and its own
+sums, because data that another core has just written is slow to read. Frames that share units meet at a barrier in
+every step. Which thread runs which frame, and how many threads there are, changes no bit.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ OUTER_COLUMNS = 3
 OUTER_ROWS = 8
 """Rows (units of one slot) that a weight-gradient kernel takes at once, at most."""
 
-CHUNK = 192
+CHUNK = 128
 """Rows of a block that are packed for a weight gradient at once: the packed panel stays in the first cache."""
 
 FEW_COLUMNS = 8
@@ -44,7 +45,21 @@ def stages_of(plan: Plan, cell: Cell) -> list[Stage]:
 
 def frame_of(cell: Cell, plan: Plan) -> Frame:
     """Every field that the drivers and kernels of a plan may use, numbered the same on every day and machine."""
-    names = ["ladder", "threads", "thread", "barrier", "yield", "units_shared", "steps", "reverse", "reset", "active"]
+    names = [
+        "ladder",
+        "packer",
+        "packers",
+        "sums",
+        "threads",
+        "thread",
+        "barrier",
+        "yield",
+        "units_shared",
+        "steps",
+        "reverse",
+        "reset",
+        "active",
+    ]
     names += ["phase.first", "phase.last", "block", "rows.first", "rows.stride", "rows.count", "rows.batch"]
     names += [
         "kernels",
@@ -145,12 +160,19 @@ class Driver:
 
     @contextmanager
     def own_share(self, count: Int) -> Iterator[Int]:
-        """Count through this thread's share of so many things."""
-        with self.code.loop(count, start=self.field("thread"), step=self.field("threads")) as i:
+        """Count through this packer's share of so many things."""
+        with self.code.loop(count, start=self.field("packer"), step=self.field("packers")) as i:
             yield i
 
+    def for_numbers(self, count: Int) -> tuple[Int, Int, Int]:
+        """This packer's share of so many numbers: (first whole vector, last, first number after all vectors)."""
+        vectors = count // self.code.lanes
+        packer, packers = self.field("packer"), self.field("packers")
+        rest = self.code.choose((packer + 1).equals(packers), vectors * self.code.lanes, count)
+        return vectors * packer // packers, vectors * (packer + 1) // packers, rest
+
     def share(self, count: Int) -> tuple[Int, Int]:
-        """This thread's share of so many things in a row: (first, last)."""
+        """This frame's share of so many things in a row, where frames share units: (first, last)."""
         thread, threads = self.field("thread"), self.field("threads")
         return count * thread // threads, count * (thread + 1) // threads
 
@@ -404,17 +426,20 @@ def tiling(things: int, limit: int) -> set[int]:
 class ForwardDriver(Driver):
     """`forward(frame)`: input products for a block of steps at once, then the steps of the block."""
 
-    def text(self) -> str:
-        """The driver as LLVM IR."""
-        code, plan = self.code, self.plan
-        drives = [s for s in self.stages if s.name.startswith("drive")]
+    def pack(self) -> str:
+        """`pack(frame)`: the weights and biases as the kernels read them."""
         for stage in self.stages:
             self.pack_rows(stage)
         self.pack_plan_vectors()
-        for stage in drives:
-            slots = [vectors for product, vectors in plan.drive if plan.drive_width[product] == stage.width]
+        for stage in (s for s in self.stages if s.name.startswith("drive")):
+            slots = [vectors for p, vectors in self.plan.drive if self.plan.drive_width[p] == stage.width]
             self.pack_vectors(f"drive_bias:{stage.width}", slots, stage.width)
-        self.meet()
+        return self.code.text()
+
+    def walk(self) -> str:
+        """`walk(frame)`: the steps."""
+        code = self.code
+        drives = [s for s in self.stages if s.name.startswith("drive")]
         last = self.field("phase.last")
         with code.loop(last, start=self.field("phase.first"), step=self.field("block")) as begin:
             end = code.minimum(begin + self.field("block"), last)
@@ -480,11 +505,14 @@ class BackwardDriver(Driver):
 
     plan: BackwardPlan
 
-    def text(self) -> str:
-        """The driver as LLVM IR."""
-        code = self.code
-        self.rings = [name for name in self.plan.slots if name.startswith("ring:")]
+    def __init__(self, name: str, cell: Cell, plan: Plan, frame: Frame, itemsize: int) -> None:
+        super().__init__(name, cell, plan, frame, itemsize)
+        self.rings = [name for name in plan.slots if name.startswith("ring:")]
         self.gradient = next((s for s in self.stages if s.name == "input_gradient"), None)
+
+    def pack(self) -> str:
+        """`pack(frame)`: the weights as the kernels read them, and zeros in the gradients that will be added to."""
+        code = self.code
         for stage in self.stages:
             if stage.groups and stage.name.startswith("stage"):
                 self.pack_ring(stage)
@@ -500,7 +528,47 @@ class BackwardDriver(Driver):
             with code.when(code.builder.and_(wanted, few)):
                 self._pack_few_inputs(self.gradient)
         self.pack_plan_vectors()
-        self.meet()
+        with self._sums() as (total, parts, count, numbers):
+            self._clear(total, numbers)
+            with code.loop(count) as i:
+                self._clear(code.load_integer(parts + i * 8), numbers)
+        return code.text()
+
+    def add_up(self) -> str:
+        """`add_up(frame)`: the gradients of the shards of rows, added to the first one's in their order."""
+        code = self.code
+        with self._sums() as (total, parts, count, numbers):
+            first, last, rest = self.for_numbers(numbers)
+            with code.loop(count) as i:
+                part = code.load_integer(parts + i * 8)
+                with code.loop(last, start=first) as vector:
+                    place = vector * self.vector_bytes
+                    code.store(code.load(total + place).add(code.load(part + place)), total + place)
+                with code.loop(numbers, start=rest) as number:
+                    code.add_number(part + number * self.item, total + number * self.item)
+        return code.text()
+
+    @contextmanager
+    def _sums(self) -> Iterator[tuple[Int, Int, Int, Int]]:
+        """For each gradient of a parameter: where it is, the table of the other shards' parts, how many, how long."""
+        code = self.code
+        table = self.field("sums")
+        with code.loop(code.load_integer(table)) as i:
+            entry = table + 8 + i * 32
+            total, parts, count, numbers = (code.load_integer(entry, 8 * k) for k in range(4))
+            yield total, parts, count, numbers
+
+    def _clear(self, address: Int, numbers: Int) -> None:
+        code = self.code
+        first, last, rest = self.for_numbers(numbers)
+        with code.loop(last, start=first) as vector:
+            code.store(code.fill(0.0), address + vector * self.vector_bytes)
+        with code.loop(numbers, start=rest) as number:
+            code.zero_number(address + number * self.item)
+
+    def walk(self) -> str:
+        """`walk(frame)`: the steps from last to first."""
+        code = self.code
         first = self.field("phase.first")
         self.block_end = code.integer_variable(self.field("phase.last"))
         with code.forever() as leave_when:
@@ -573,14 +641,14 @@ class BackwardDriver(Driver):
         code = self.code
         end = self.block_end.get()
         begin = code.maximum((end - 1) // self.field("block") * self.field("block"), first)
-        self.offset = code.integer_variable(0)  # rows of the whole batch already in the ring
+        self.offset = code.integer_variable(0)  # rows already in the ring
         self.offset_next = code.integer_variable(self.field("ring.rows"))  # where the step after stands in the ring
         with code.loop(end - begin) as i:
             phase = end - 1 - i
             self._step(phase)
             self.offset_next.set(self.offset.get())
-            self.offset.set(self.offset.get() + self.running(phase))
-        self.meet()
+            self.offset.set(self.offset.get() + self.own_running(phase))
+        self.meet()  # of frames that share units: the gradients of a block read the deltas of all of them
         self._keep(begin)
         self._gradients()
         self.meet()
@@ -592,7 +660,7 @@ class BackwardDriver(Driver):
         later = self.own_running(phase + 1, exists=phase + 1 < self.field("phase.last"))
         going = code.minimum(count, later)
         time = self.time(phase)
-        first = self.offset.get() + self.field("rows.first")
+        first = self.offset.get()
         self.point_at_states(phase, count, self._entry(first))
         self._point_at_x(time, count, first)
         self._point_at_ring(self.offset_next.get(), going, later, phase + 1)
@@ -628,17 +696,16 @@ class BackwardDriver(Driver):
         """Point a buffer of the block at this thread's rows of the step."""
         size = self.field(f"{buffer}.size")
         self.set(f"{buffer}.base", self.field(origin) + first * size)
-        self.set(f"{buffer}.row", self.field("rows.stride") * size)
+        self.set(f"{buffer}.row", size)
 
     def _point_at_x(self, time: Int, count: Int, first: Int) -> None:
         """The rows of x and of dL/dx that belong to rows of the ring."""
         code = self.code
-        stride = self.field("rows.stride")
         for buffer in ("x", "d_x"):
             table = self.field(f"{buffer}_rows.table") + self._entry(first)
             start = self.field(f"{buffer}.origin") + time * self.field(f"{buffer}.step")
             with code.loop(count) as m:
-                code.store_integer(start + self.rank(m) * self.field(f"{buffer}.size"), table + m * stride * 8)
+                code.store_integer(start + self.rank(m) * self.field(f"{buffer}.size"), table + m * 8)
 
     def _point_at_ring(self, offset: Int, going: Int, later: Int, after: Int) -> None:
         """The rows of the step after, for the products that they carry; a row that was reset there carries nothing."""
@@ -646,10 +713,10 @@ class BackwardDriver(Driver):
         for ring in self.rings:
             buffer = ring.replace("ring:", "ring_next:")
             size = self.field(f"{ring}.size")
-            start = self.field(f"{ring}.origin") + (offset + self.field("rows.first")) * size
+            start = self.field(f"{ring}.origin") + offset * size
             table = self.field(f"{buffer}.base")
             with code.loop(going) as m:
-                code.store_integer(start + m * self.field("rows.stride") * size, table + m * 8)
+                code.store_integer(start + m * size, table + m * 8)
             with (
                 code.when(self.field("reset").differs(0)),
                 code.loop(going) as m,
@@ -696,8 +763,8 @@ class BackwardDriver(Driver):
             tiles = (self.field(f"tiles.first:{width}"), self.field(f"tiles.last:{width}"))
             with code.loop(tiles[1], start=tiles[0]) as tile, code.loop(count) as m:
                 row = origin + tile * tile_stride
-                source = row + (self.offset_next.get() + self.rank(m)) * size
-                target = row + (self.field("ring.rows") + self.rank(m)) * size
+                source = row + (self.offset_next.get() + m) * size
+                target = row + (self.field("ring.rows") + m) * size
                 for slot in range(self.plan.slots[ring]):
                     code.store(code.load(source, slot * self.vector_bytes), target, slot * self.vector_bytes)
 

@@ -1,7 +1,9 @@
-"""Threads that run one driver together: plain Python threads that wait and work without holding the interpreter's lock.
+"""Threads that run one driver together, without holding the interpreter's lock.
 
-Only one caller at a time has the gang; another runs alone, with the same bits. A worker that finds no work for a moment
-goes to sleep. After a fork the child starts its own.
+Where torch brings GNU OpenMP, its own threads are used: they spin for a while after each of torch's operations, and
+other threads beside them would share a core with that. Elsewhere, and in a forked child, where OpenMP's threads are
+gone, plain Python threads wait and work. Only one caller at a time has the threads; another runs alone, with the same
+bits.
 """
 
 from __future__ import annotations
@@ -9,8 +11,11 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+
+import torch
 
 from throughtime.engine.targets import cache
 from throughtime.engine.targets.llvm import Code
@@ -20,7 +25,17 @@ _MAILBOX = (
 )
 _PATIENCE = 4000  # turns of the waiting loop before a worker sleeps: some tens of microseconds
 
-Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+_Function = ctypes.CFUNCTYPE(None, ctypes.c_int64)
+
+
+class Call:
+    """A compiled function of a frame: its address for other threads, and what this one calls."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+        self.function = _Function(address)
+
+
 _Wait = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 
 
@@ -84,47 +99,104 @@ class Worker:
 
 
 class Gang:
-    """The workers beside the calling thread."""
+    """Workers of our own beside the calling thread."""
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()
         self.workers: list[Worker] = []
+        self.helpers = 0
         self.wait = _Wait(cache.function(("wait",), "wait", _await_text))
 
-    def run(self, call: Callable[[int], None], function: int, frames: Sequence[int]) -> None:
-        """Call the function (also given as `call`) once per frame, all at the same time; return when all have."""
-        helpers = len(frames) - 1
-        while len(self.workers) < helpers:
-            self.workers.append(Worker())
-        for worker, frame in zip(self.workers, frames[1:], strict=False):
-            worker.give(function, frame)
-        call(frames[0])
-        for worker in self.workers[:helpers]:
-            self.wait(worker.mailbox, yield_address())
+    def run(self, call: Call, frames: Sequence[int]) -> None:
+        """Call the function once per frame, all at the same time; return when all have returned."""
+        workers = self.workers[: len(frames) - 1]
+        for worker, frame in zip(workers, frames[1:], strict=True):
+            worker.give(call.address, frame)
+        try:
+            call.function(frames[0])
+        finally:
+            for worker in workers:
+                self.wait(worker.mailbox, yield_address())
 
 
+class Team:
+    """OpenMP's threads, those that torch uses."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.helpers = 0
+        self.parallel = library.GOMP_parallel
+        self.parallel.restype = None
+        self.parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.inside, self.dynamic, self.limit = (
+            library.omp_in_parallel,
+            library.omp_get_dynamic,
+            library.omp_get_thread_limit,
+        )
+        self.member = cache.function(("member",), "member", _member_text)
+        self.functions = [
+            ctypes.cast(f, ctypes.c_void_p).value for f in (library.omp_get_thread_num, library.omp_get_num_threads)
+        ]
+
+    def has(self, threads: int) -> bool:
+        """Whether so many threads would really run at the same time."""
+        return not self.inside() and not self.dynamic() and self.limit() >= threads
+
+    def run(self, call: Call, frames: Sequence[int]) -> None:
+        """Call the function once per frame, all at the same time; return when all have returned."""
+        work = (ctypes.c_int64 * (4 + len(frames)))(*self.functions, call.address, len(frames), *frames)
+        self.parallel(self.member, ctypes.addressof(work), len(frames), 0)
+
+
+def _member_text() -> str:
+    """`member(work)`: what each of OpenMP's threads calls; it takes the frames that are its own by number."""
+    code = Code("member", ["work"], 4)
+    number = code.call_for_number(code.load_integer(code["work"], 0))
+    members = code.call_for_number(code.load_integer(code["work"], 8))
+    with code.loop(code.load_integer(code["work"], 24), start=number, step=members) as frame:
+        code.call(code.load_integer(code["work"], 16), [code.load_integer(code["work"] + 32 + frame * 8)])
+    return code.text()
+
+
+def _openmp() -> ctypes.CDLL | None:
+    """The GNU OpenMP library that torch has loaded, if it is that one."""
+    for path in (Path(torch.__file__).parent / "lib").glob("libgomp*.so*"):
+        return ctypes.CDLL(str(path))
+    return None
+
+
+_team: Team | None = None
 _gang: Gang | None = None
+_forked = False
 _making = threading.Lock()
+_taken = threading.Lock()
 
 
 @contextmanager
-def gathered(threads: int) -> Iterator[Gang | None]:
-    """The gang if more than one thread is wanted and no one else has it, else None."""
-    global _gang
-    if threads <= 1:
+def gathered(threads: int) -> Iterator[Team | Gang | None]:
+    """The threads, if more than one is wanted and no one else has them, else None."""
+    if threads <= 1 or not _taken.acquire(blocking=False):
         yield None
         return
+    taken = _taken
+    try:
+        crew = _threads(threads)
+        crew.helpers = threads - 1
+        yield crew
+    finally:
+        taken.release()
+
+
+def _threads(threads: int) -> Team | Gang:
+    global _gang, _team
     with _making:
+        if _team is None and not _forked and (library := _openmp()) is not None:
+            _team = Team(library)
+        if _team is not None and not _forked and _team.has(threads):
+            return _team
         if _gang is None:
             _gang = Gang()
-        gang = _gang
-    if not gang.lock.acquire(blocking=False):
-        yield None
-        return
-    try:
-        yield gang
-    finally:
-        gang.lock.release()
+        while len(_gang.workers) < threads - 1:
+            _gang.workers.append(Worker())
+        return _gang
 
 
 def yield_address() -> int:
@@ -142,9 +214,10 @@ _YIELD = _find_yield()
 
 
 def _forget() -> None:
-    """In a forked child the workers do not exist, and a lock may have been held by a thread that is gone."""
-    global _gang, _making
-    _gang, _making = None, threading.Lock()
+    """In a forked child no other thread exists, and a lock may have been held by one that is gone."""
+    global _gang, _forked, _making, _taken
+    _gang, _forked = None, True
+    _making, _taken = threading.Lock(), threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):

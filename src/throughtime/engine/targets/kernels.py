@@ -243,7 +243,7 @@ class StageKernel:
         """Rows of a ring, tile by tile: in each tile the runs of slots that the group's deltas fill."""
         code, item, lanes = self.code, self.code.itemsize, self.code.lanes
         length = sum(run for _, run in runs) * lanes
-        together = max(1, 2 * BLOCK // length)
+        together = max(1, 3 * BLOCK // 2 // length)
         width = len(feeds) * self.vector_bytes
         with (
             code.loop(count, step=together) as block,
@@ -422,7 +422,9 @@ def column_kernel(name: str, slots: int, operand: int, itemsize: int) -> str:
     width = code.lanes * itemsize
     outputs = max(1, operand)
     sums = [[code.vector_variable() for _ in range(slots)] for _ in range(outputs)]
-    short = BLOCK if operand else BLOCK // 4  # without a product of its own rounding, a sum shows the order it is taken in
+    short = (
+        BLOCK if operand else BLOCK // 4
+    )  # without a product of its own rounding, a sum shows the order it is taken in
     with code.loop(code["count"], step=short) as block:
         partial = [[code.vector_variable() for _ in range(slots)] for _ in range(outputs)]
         with code.loop(code.minimum(code["count"] - block, short)) as k:

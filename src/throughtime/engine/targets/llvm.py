@@ -505,6 +505,12 @@ class Code:
         kind = ir.FunctionType(ir.VoidType(), [I64] * len(values))
         self.builder.call(self.builder.inttoptr(address.value, kind.as_pointer()), values)
 
+    def call_for_number(self, address: Int) -> Int:
+        """Call the C function without arguments at an address, which returns an int."""
+        kind = ir.FunctionType(I32, [])
+        number = self.builder.call(self.builder.inttoptr(address.value, kind.as_pointer()), [])
+        return Int(self, self.builder.sext(number, I64))
+
     # memory
 
     def pointer(self, address: Int, offset: int = 0) -> ir.Value:
@@ -581,6 +587,13 @@ class Code:
         """Copy one number."""
         number = self.builder.load(self.pointer(source), align=self.itemsize, typ=self.format.type)
         self.builder.store(number, self.pointer(target), align=self.itemsize)
+
+    def add_number(self, source: Int, target: Int) -> None:
+        """Add one number to another."""
+        kind = {"align": self.itemsize, "typ": self.format.type}
+        number = self.builder.load(self.pointer(source), **kind)
+        total = self.builder.fadd(self.builder.load(self.pointer(target), **kind), number)
+        self.builder.store(total, self.pointer(target), align=self.itemsize)
 
     def zero_number(self, target: Int) -> None:
         """Write one zero."""
