@@ -41,15 +41,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return block
 
     monkeypatch.setattr(memory.Pool, "take", poisoned)
-    cpu._settings.idle.clear()
+    monkeypatch.setattr(cpu, "_settings", cpu.Settings())
 
 
 def share_from(monkeypatch: pytest.MonkeyPatch, work: int) -> None:
     """Let threads share every run of at least so much work."""
     monkeypatch.setattr(cpu, "ALONE", work)
-    cpu.sharing.cache_clear()
-    monkeypatch.setattr(cpu, "sharing", cpu.sharing.__wrapped__)
-    cpu._settings.idle.clear()
+    monkeypatch.setattr(cpu, "_sharings", {})
+    monkeypatch.setattr(cpu, "_settings", cpu.Settings())
 
 
 def adjoints(problem: Problem, seed: int = 1) -> tuple[Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -80,18 +80,36 @@ def test_the_number_of_threads_changes_no_bit(name: str, way: str, monkeypatch: 
 def test_one_thread_asked_for_is_one_thread_used(monkeypatch: pytest.MonkeyPatch):
     share_from(monkeypatch, 0)
     used: list[int] = []
-    original = gang.Gang.run
 
-    def watched(crew: gang.Gang, *arguments: Any) -> None:
-        used.append(len(arguments[-1]))
-        original(crew, *arguments)
+    def watch(kind: Any) -> None:
+        original = kind.run
 
-    monkeypatch.setattr(gang.Gang, "run", watched)
+        def watched(crew: Any, call: gang.Call, frames: Sequence[int]) -> None:
+            used.append(len(frames))
+            original(crew, call, frames)
+
+        monkeypatch.setattr(kind, "run", watched)
+
+    watch(gang.Team)
+    watch(gang.Gang)
     problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
     on_threads(problem, 1)
     assert used == []
     on_threads(problem, 2)
-    assert used == [2, 2]
+    assert used
+    assert set(used) == {2}
+
+
+def test_threads_of_our_own_give_the_bits_of_openmps(monkeypatch: pytest.MonkeyPatch):
+    share_from(monkeypatch, 0)
+    problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
+    expected = on_threads(problem, 2)
+    monkeypatch.setattr(gang, "_openmp", lambda: None)
+    monkeypatch.setattr(gang, "_team", None)
+    found = on_threads(problem, 2)
+    assert gang._gang is not None
+    for key in expected:
+        same_bits(found[key], expected[key], key)
 
 
 # -- many callers -----------------------------------------------------------------------------------------------------

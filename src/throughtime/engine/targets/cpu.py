@@ -304,9 +304,7 @@ class Setting:
         self.item = problem.x.element_size()
         self.lanes = llvm.machine().lanes(self.item)
         self.vector_bytes = self.lanes * self.item
-        projections = [t for p, t in zip(self.cell.parameters, problem.parameters, strict=True) if p.namespace == "P"]
-        projected = projections[0].shape[0] if projections else 0
-        self.units = {"hidden": problem.hidden_size, "projected": projected, "input": inputs}
+        self.units = {"hidden": problem.hidden_size, "projected": problem.proj_size, "input": inputs}
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
         self.sizes = problem.sizes
         self.reverse = problem.reverse
@@ -601,6 +599,20 @@ def forward(problem: Problem, save: bool) -> Result:
         return result
 
 
+def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
+    """The shapes of the workspace that `forward` with `save` leaves, known before it runs."""
+    cell = problem.cell
+    lanes = llvm.machine().lanes(problem.x.element_size())
+    units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
+    padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
+    widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
+    for buffer, slots in plans.forward(cell).slots.items():
+        kind, width = buffer.split(":")
+        if kind == "saved":
+            widths.append(padded[width] * slots)
+    return [(problem.steps, problem.rows, width) for width in widths]
+
+
 class _Forward(Setting):
     def __init__(self, problem: Problem, save: bool, shared: Sharing) -> None:
         cell = problem.cell
@@ -676,23 +688,20 @@ class _Forward(Setting):
         if problem.lengths is not None:
             self._prepare()
         output = _like_input(problem)
+        workspace = [memory.tensor(shape, self.dtype) for shape in workspace_shapes(problem)] if self.save else []
+        free = iter(workspace)
         histories: list[Tensor] = []
         for i, state in enumerate(cell.states):
             history = output
             if i != cell.output:
-                depth = self.steps if self.save else 2
                 width = self.tiles[cell.widths[i]] * self.lanes
-                history = memory.tensor((depth, self.rows, width), self.dtype)
+                history = next(free) if self.save else memory.tensor((2, self.rows, width), self.dtype)
             histories.append(history)
             self.steps_of(f"history:{state}", history)
             self.steps_of(f"next:{state}", history)
-        workspace = [history for i, history in enumerate(histories) if i != cell.output] if self.save else []
         for buffer, slots in self.code.plan.slots.items():
-            kind, of_width = buffer.split(":")
-            if kind == "saved" and self.save:
-                whole = memory.tensor((self.steps, self.rows, self.tiles[of_width] * slots * self.lanes), self.dtype)
-                workspace.append(whole)
-                self.steps_of(buffer, whole)
+            if buffer.startswith("saved") and self.save:
+                self.steps_of(buffer, next(free))
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
         self.clear()
         self.execute(crew)

@@ -133,7 +133,8 @@ class Team:
         )
         self.member = cache.function(("member",), "member", _member_text)
         self.functions = [
-            ctypes.cast(f, ctypes.c_void_p).value for f in (library.omp_get_thread_num, library.omp_get_num_threads)
+            ctypes.cast(f, ctypes.c_void_p).value or 0
+            for f in (library.omp_get_thread_num, library.omp_get_num_threads)
         ]
 
     def has(self, threads: int) -> bool:

@@ -208,7 +208,10 @@ class StageKernel:
             count = self.field(f"{buffer}.tiles")
             if kind == "ring_next":
                 count = code.choose(code["opening"] > 0, 0, count)
-            self._walk_ring(addresses, panels, feeds, runs, count, self.field(f"{buffer}.tile"), totals)
+            length = sum(run for _, run in runs) * code.lanes
+            # The loop's sums are short beside those of x's gradient, which adds up every gate of every unit.
+            together = max(1, (BLOCK if kind == "ring_all" else 3 * BLOCK // 2) // length)
+            self._walk_ring(addresses, panels, feeds, runs, count, self.field(f"{buffer}.tile"), together, totals)
         else:
             count = self.field(f"{buffer}.count")
             self._walk_rows(addresses, panels, group.feeds, count, totals)
@@ -238,12 +241,12 @@ class StageKernel:
         runs: Sequence[tuple[int, int]],
         count: Int,
         tile_stride: Int,
+        together: int,
         totals: list[list[list[Variable]]],
     ) -> None:
         """Rows of a ring, tile by tile: in each tile the runs of slots that the group's deltas fill."""
         code, item, lanes = self.code, self.code.itemsize, self.code.lanes
         length = sum(run for _, run in runs) * lanes
-        together = max(1, 3 * BLOCK // 2 // length)
         width = len(feeds) * self.vector_bytes
         with (
             code.loop(count, step=together) as block,
