@@ -105,6 +105,8 @@ class StageKernel:
         self.vector_bytes = self.code.lanes * itemsize
         self.mask = self.code.first(self.code["lanes"]) if shape.tail else None
         self.streaming = streaming
+        self.known: dict[str, Int] = {}
+        self.rows: dict[tuple[str, int], Int] = {}
         self.stores = [(v, p) for v, p in stage.stores if save or not p.data[0].startswith("saved:")]
 
     def text(self) -> str:
@@ -140,8 +142,10 @@ class StageKernel:
     # addresses
 
     def field(self, name: str) -> Int:
-        """A field of the frame."""
-        return self.fields.get(self.code, self.code["frame"], name)
+        """A field of the frame, read once: a store between two readings might have changed it, for all LLVM knows."""
+        if name not in self.known:
+            self.known[name] = self.fields.get(self.code, self.code["frame"], name)
+        return self.known[name]
 
     def address(self, buffer: str, row: int, tile: int) -> Int:
         """Where a row's values for a tile of units begin."""
@@ -153,13 +157,20 @@ class StageKernel:
 
     def row(self, buffer: str, row: int) -> Int:
         """Where a row begins."""
-        place = self.code["row"] + row
+        if (buffer, row) not in self.rows:
+            first, stride = self._first_row(buffer)
+            place = first + stride * row if row else first
+            self.rows[buffer, row] = self.code.load_integer(place) if is_pointed(buffer) else place
+        return self.rows[buffer, row]
+
+    def _first_row(self, buffer: str) -> tuple[Int, Int]:
+        """Where the first row of the call begins, or its entry in the table, and how far it is to the next."""
         base, stride = self.field(f"{buffer}.base"), self.field(f"{buffer}.row")
         if buffer == "d_output":
             opening = self.code["opening"] > 0
             base = self.code.choose(opening, self.field("d_output_open.base"), base)
             stride = self.code.choose(opening, self.field("d_output_open.row"), stride)
-        return self.code.load_integer(base + place * stride) if is_pointed(buffer) else base + place * stride
+        return base + self.code["row"] * stride, stride
 
     def load(self, leaf: Node, row: int, tile: int) -> Vector:
         """The value of a memory leaf."""
