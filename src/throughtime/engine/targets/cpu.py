@@ -575,6 +575,8 @@ def _sharing_of(problem: Problem, sizes: tuple[object, ...], threads: int, sums:
         work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
         lanes = llvm.machine().lanes(problem.x.element_size())
         tiles = -(-problem.hidden_size // lanes)
+        if len(_sharings) > 4096:  # lengths that never come again
+            _sharings.clear()
         found = sharing(threads, problem.rows, tiles, problem.lengths is not None, work, sums)
         _sharings[key] = found
     return found
@@ -734,10 +736,12 @@ def _saved_bytes(problem: Problem) -> int:
 def _like_input(problem: Problem) -> Tensor:
     """The outputs [T, B, width], laid out in memory as x is; zero where rows have ended."""
     x, width = problem.x, problem.sizes[problem.cell.output]
-    make = torch.empty if problem.lengths is None else torch.zeros
-    if problem.rows > 1 and x.stride(0) < x.stride(1):
-        return make(problem.rows, problem.steps, width, dtype=x.dtype).transpose(0, 1)
-    return make(problem.steps, problem.rows, width, dtype=x.dtype)
+    batch_first = problem.rows > 1 and x.stride(0) < x.stride(1)
+    lead = (problem.rows, problem.steps) if batch_first else (problem.steps, problem.rows)
+    output = memory.result((*lead, width), x.dtype)
+    if problem.lengths is not None:
+        output.zero_()
+    return output.transpose(0, 1) if batch_first else output
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1003,9 +1007,12 @@ class _Backward(Setting):
         self.d_x = self.d_x_direct = None
         if self.needs[0][0]:
             whole = problem.lengths is None and _has_input_product(cell)
-            # kernels write runs of numbers, so only then is x's own layout of use
-            layout = torch.preserve_format if x.stride(-1) == 1 else torch.contiguous_format
-            self.d_x = (torch.empty_like if whole else torch.zeros_like)(x, memory_format=layout)
+            batch_first = self.rows > 1 and x.stride(0) < x.stride(1)
+            lead = (self.rows, self.steps) if batch_first else (self.steps, self.rows)
+            d_x = memory.result((*lead, x.shape[2]), self.dtype)
+            if not whole:
+                d_x.zero_()
+            self.d_x = d_x.transpose(0, 1) if batch_first else d_x
             self.steps_of("d_x", self.d_x)
         if any(place.data[0] == "d_x_direct" for stage in self.plan.stages for _, place in stage.stores):
             self.d_x_direct = torch.zeros_like(x, memory_format=torch.contiguous_format)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 1 << 29
 """The most memory that the pool keeps for later."""
 
 _PAGE = 1 << 16
@@ -126,5 +126,16 @@ def tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     block = _pool.take(count * item)
     offset = _start(block) - int(block.ctypes.data)
     array = block[offset : offset + count * item].view(np.float32 if item == 4 else np.float64).reshape(shape)
-    weakref.finalize(array, _pool.give, block)
+    weakref.finalize(array, _give_back, block)
     return torch.from_numpy(array)
+
+
+def result(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor for the caller: on memory of the pool if it is large, for a block is never smaller than its page."""
+    item = 4 if dtype == torch.float32 else 8
+    return tensor(shape, dtype) if math.prod(shape) * item >= 4 * _PAGE else torch.empty(tuple(shape), dtype=dtype)
+
+
+def _give_back(block: np.ndarray) -> None:
+    """To this process's pool: a forked child frees what its parent took, and must not ask for the parent's lock."""
+    _pool.give(block)
