@@ -734,7 +734,6 @@ class _Backward(Setting):
         """Which weight gradients are wanted, and room for those of few columns."""
         need = {p.namespace: n for p, n in zip(self.cell.parameters, self.needs[2], strict=True)}
         adjoint = calculus.adjoint(self.cell)
-        self.few: list[int] = []
         for number, (operand, products) in enumerate(self.plan.weights.items()):
             wanted = [product for product in products if need[product.data[0]]]
             if not wanted:
@@ -749,7 +748,6 @@ class _Backward(Setting):
                 for crew in self.sharing.crews():
                     self.put_all(crew, f"few{number}.base", self.cleared(size))
                 self.put(f"few{number}.kernel", columns(self.item, slots, count))
-                self.few.append(number)
             else:
                 outer(self.item, self.units[width], self._columns(operand))
 
