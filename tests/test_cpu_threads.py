@@ -22,7 +22,7 @@ from torch import Tensor
 
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets import cache, gang
+from throughtime.engine.targets import cache, cpu, gang
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
@@ -60,6 +60,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "by rows": {"rows": 25},
     "by ragged rows": {"rows": 7, "lengths": (6, 6, 4, 3, 1, 1, 0)},
     "by units": {"rows": 2, "hidden_size": 200},
+    "by units, many rows of heavy weights": {"rows": 25, "hidden_size": 200, "heavy": True},
     "by units, with resets": {"rows": 2, "hidden_size": 200, "reset": True, "reverse": True},
 }
 
@@ -69,6 +70,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def test_the_number_of_threads_changes_no_bit(name: str, way: str, monkeypatch: pytest.MonkeyPatch):
     share_from(monkeypatch, 0)
     size: dict[str, Any] = {"steps": 6, "input_size": 3, "hidden_size": 17, "dtype": torch.float32, **WAYS[way]}
+    if size.pop("heavy", False):
+        monkeypatch.setattr(cpu, "STEP_BYTES_OF_FEW", 0)
+        monkeypatch.setattr(cpu.os, "cpu_count", lambda: 2)
     problem = random_problem(USED[name], **size)
     alone = on_threads(problem, 1)
     for threads in (2, 3):

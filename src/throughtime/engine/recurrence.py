@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.autograd import forward_ad
 from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets import reference
 from throughtime.equations.cell import Cell
+from throughtime.equations.expr import Node
 from throughtime.errors import TargetError
 
 TARGETS = ("cpu", "stepwise")
 """Targets with derived adjoints, the one to prefer first. The reference stands apart: autograd differentiates it."""
 
 
+@functools.cache
 def target_module(name: str) -> ModuleType:
     """A target's module, imported when it is first asked for."""
     return importlib.import_module(f"throughtime.engine.targets.{name}")
@@ -44,13 +47,29 @@ class Choice:
 class Record:
     """One recurrence as it ran on the reference: its states after each computed step, part of the autograd graph.
 
-    `states` is in the order of computation, so from each row's last step when `reverse`; rows are the caller's.
+    `states`, and `values`, which maps every node of the cell to its value at each step, are in the order of
+    computation, so from each row's last step when the problem is `reverse`; rows are the caller's. `problem.x` is a
+    node of this run's own, so that a gradient by it is through this recurrence alone.
     """
 
-    cell: Cell
-    reverse: bool
-    lengths: tuple[int, ...] | None
+    problem: Problem
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
+    values: list[dict[Node, Tensor]] = field(default_factory=list)
+
+    @property
+    def cell(self) -> Cell:
+        """The equations of a step."""
+        return self.problem.cell
+
+    @property
+    def reverse(self) -> bool:
+        """Whether time runs from a row's last step to its first."""
+        return self.problem.reverse
+
+    @property
+    def lengths(self) -> tuple[int, ...] | None:
+        """The steps of each row, None for all there are."""
+        return self.problem.lengths
 
 
 _records: ContextVar[list[Record] | None] = ContextVar("records", default=None)
@@ -137,12 +156,14 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
 
 def _run_reference(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
     records = _records.get()
-    history: list[tuple[Tensor, ...]] | None = None
-    if records is not None:
-        record = Record(problem.cell, problem.reverse, problem.lengths)
+    if records is None:
+        result = reference.forward(problem)
+    else:
+        x = problem.x
+        own = x.view_as(x) if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
+        record = Record(replace(problem, x=own))
         records.append(record)
-        history = record.states
-    result = reference.forward(problem, history)
+        result = reference.forward(record.problem, record.states, record.values)
     return result.output, result.states
 
 

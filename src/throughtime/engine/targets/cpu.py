@@ -8,6 +8,7 @@ backward pass, which orders the sums of the weight gradients, depends on the siz
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections import OrderedDict
@@ -60,6 +61,13 @@ MOST_SHARDS = 8
 
 ALONE = 1_000_000
 """Multiply-adds of a whole run below which one thread is quicker than the meeting of several."""
+
+STEP_BYTES = 4_500_000
+"""Recurrent weights of more than this are read by every thread for its units alone: they come from the third cache in
+each step, which cannot feed all of them to every core."""
+
+STEP_BYTES_OF_FEW = 1_500_000
+"""The same for fewer than 32 rows, which give a core less to do with each weight."""
 
 
 def refusal(problem: Problem) -> str | None:
@@ -124,8 +132,8 @@ def by_rows(frames: int, rows: int, ragged: bool) -> Sharing:
     return Sharing(tuple(Share(a, 1, b - a) for a, b in pairwise(edges)))
 
 
-def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int, sums: bool) -> Sharing:
-    """Rows where there are enough of them, else units where there are enough of those, else one frame.
+def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int, step_bytes: int, sums: bool) -> Sharing:
+    """Rows where there are enough of them and few weights, else units where there are enough of those, else one frame.
 
     A run that sums over rows (`sums`) is divided by rows in a way that the machine and the sizes decide, not the number
     of threads, for that division orders the sums.
@@ -135,7 +143,8 @@ def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int, sums: 
         return alone
     by_units = tiles >= 4 * threads and work >= 8 * ALONE
     most = min(MOST_SHARDS, os.cpu_count() or 1) if sums else threads
-    if rows >= 16 or (rows >= 4 and tiles < 8):
+    heavy = step_bytes > (STEP_BYTES_OF_FEW if rows < 32 else STEP_BYTES) and tiles >= 4 * most
+    if not heavy and (rows >= 16 or (rows >= 4 and tiles < 8)):
         frames = min(most, max(2, rows // 8))
         return by_rows(frames, rows, ragged) if frames > 1 else alone
     if threads > 1 and by_units:
@@ -430,9 +439,16 @@ def _sharing_of(problem: Problem, sizes: tuple[object, ...], threads: int, sums:
         tiles = -(-problem.hidden_size // lanes)
         if len(_sharings) > 4096:  # lengths that never come again
             _sharings.clear()
-        found = sharing(threads, problem.rows, tiles, problem.lengths is not None, work, sums)
+        step_bytes = _recurrent_bytes(problem)
+        found = sharing(threads, problem.rows, tiles, problem.lengths is not None, work, step_bytes, sums)
         _sharings[key] = found
     return found
+
+
+def _recurrent_bytes(problem: Problem) -> int:
+    """Bytes of the weights that every step reads."""
+    pairs = zip(problem.cell.parameters, problem.parameters, strict=True)
+    return sum(tensor.numel() * tensor.element_size() for parameter, tensor in pairs if parameter.namespace in "UP")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -497,9 +513,20 @@ class _Forward(Setting):
             self.put(f"drive_bias:{stage.width}.base", self.arena.bytes(self.tiles[stage.width] * bias))
         for stage in self.code.stages:
             self.panel(stage)
+        self.last_two = {} if save else self._make_last_two()
         for thread, share in enumerate(shared.shares):
             self._private(thread, share)
         self._prepare()
+
+    def _make_last_two(self) -> dict[int, Tensor]:
+        """Room for states that nobody asked to keep, after this step and the one before: [2, B, width]."""
+        found = {}
+        for i, width in enumerate(self.cell.widths):
+            if i != self.cell.output:
+                shape = (2, self.rows, self.tiles[width] * self.lanes)
+                address = self.arena.bytes(math.prod(shape) * self.item)
+                found[i] = self.arena.view(address, shape, self.dtype)
+        return found
 
     def _private(self, thread: int, share: Share) -> None:
         """Buffers that each thread has for itself."""
@@ -549,8 +576,7 @@ class _Forward(Setting):
         for i, state in enumerate(cell.states):
             history = output
             if i != cell.output:
-                width = self.tiles[cell.widths[i]] * self.lanes
-                history = next(free) if self.save else memory.tensor((2, self.rows, width), self.dtype)
+                history = next(free) if self.save else self.last_two[i]
             histories.append(history)
             self.steps_of(f"history:{state}", history)
             self.steps_of(f"next:{state}", history)
@@ -880,7 +906,7 @@ class _Backward(Setting):
         self.d_parameters: list[Tensor | None] = []
         entries = [0]
         for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):
-            d_parameter = torch.empty(tensor.shape, dtype=self.dtype) if need else None
+            d_parameter = memory.result(tensor.shape, self.dtype) if need else None
             self.d_parameters.append(d_parameter)
             starts = [d_parameter.data_ptr() if d_parameter is not None else 0, *self.parts[parameter.name]]
             columns_of = tensor.shape[1] if parameter.is_matrix else 1

@@ -75,12 +75,8 @@ class Arena:
 
     def __init__(self) -> None:
         self.blocks: list[np.ndarray] = []
+        self.size = 0  # bytes of all its blocks
         self.place = self.end = 0
-
-    @property
-    def size(self) -> int:
-        """The bytes of its blocks."""
-        return sum(block.nbytes for block in self.blocks)
 
     def bytes(self, size: int) -> int:
         """The address of so many bytes; they hold anything."""
@@ -88,6 +84,7 @@ class Arena:
         if self.place + size > self.end:
             block = _pool.take(max(size, self.BLOCK))
             self.blocks.append(block)
+            self.size += block.nbytes
             self.place = _start(block)
             self.end = self.place + block.nbytes - 64
         address = self.place
@@ -116,7 +113,7 @@ class Arena:
         """Give every block back."""
         for block in self.blocks:
             _pool.give(block)
-        self.blocks = []
+        self.blocks, self.size = [], 0
 
 
 def tensor(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
