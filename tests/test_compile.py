@@ -246,7 +246,7 @@ def problem_of(name: str, batch_first: bool = False) -> Problem:
 @pytest.mark.parametrize("name", ["gru", "lstm-projected-batch-first"])
 def test_operators_keep_what_they_announce(name: str, target: str, batch_first: bool) -> None:
     problem = problem_of(name, batch_first)
-    arguments = (list(problem.tensors), problem.cell.json, torch.tensor([6, 4, 4, 1]), None, False, target)
+    arguments = (list(problem.tensors), problem.cell.json, torch.tensor([6, 4, 4, 1]), None, False, None, target)
     torch.library.opcheck(torch.ops.throughtime.recurrence.default, arguments)
     plain = ([tensor.detach() for tensor in problem.tensors], *arguments[1:])
     static = ("test_schema", "test_faketensor")
@@ -265,7 +265,7 @@ def test_forward_mode_through_the_operator_has_right_tangents() -> None:
     tangent = torch.randn_like(x)
     operator = torch.ops.throughtime.recurrence
     found = torch.func.jvp(
-        lambda x: operator([x, *rest], problem.cell.json, None, None, False, "")[0], (x,), (tangent,)
+        lambda x: operator([x, *rest], problem.cell.json, None, None, False, None, "")[0], (x,), (tangent,)
     )
     expected = torch.func.jvp(lambda x: recurrence.run(problem.with_tensors([x, *rest]))[0], (x,), (tangent,))
     assert found[1].abs().max() > 0
@@ -282,7 +282,7 @@ def test_compiled_gradients_can_be_had_of_gradients_in_the_operator() -> None:
 
     operator = torch.ops.throughtime.recurrence
     lengths = torch.tensor([6, 5, 2, 1])
-    through = penalty(lambda x: operator([x, *rest], problem.cell.json, lengths, None, False, "")[0])
+    through = penalty(lambda x: operator([x, *rest], problem.cell.json, lengths, None, False, None, "")[0])
     eager = replace(problem, lengths=(6, 5, 2, 1))
     torch.testing.assert_close(through, penalty(lambda x: recurrence.run(eager.with_tensors([x, *rest]))[0]))
 

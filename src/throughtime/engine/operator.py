@@ -24,7 +24,8 @@ from throughtime.engine.problem import Problem, Result
 from throughtime.equations.cell import Cell
 from throughtime.errors import ShapeError, ThroughtimeError
 
-_PROBLEM = "Tensor[] tensors, str cell, Tensor? lengths, Tensor? reset, bool reverse, str target"
+_PROBLEM = "Tensor[] tensors, str cell, Tensor? lengths, Tensor? reset, bool reverse, int? segments, str target"
+"""A problem's tensors and the rest of it; `segments` is 0 for "auto"."""
 
 _library = torch.library.Library("throughtime", "DEF")
 for _schema in (
@@ -41,7 +42,12 @@ def _cell(text: str) -> Cell:
 
 
 def _problem(
-    tensors: Sequence[Tensor], cell_text: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool
+    tensors: Sequence[Tensor],
+    cell_text: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
 ) -> Problem:
     """The problem with its lengths still a tensor, for they are not known while shapes alone are computed."""
     if recurrence.is_recording():
@@ -55,7 +61,8 @@ def _problem(
         parts.append(tuple(tensors[start : start + count]))
         start += count
     (x,), states, parameters, outside, initial = parts
-    return Problem(cell, x, states, parameters, outside, initial, lengths, reset, reverse)  # type: ignore[arg-type]
+    rest = (reset, reverse, "auto" if segments == 0 else segments)
+    return Problem(cell, x, states, parameters, outside, initial, lengths, *rest)  # type: ignore[arg-type]
 
 
 def _read(problem: Problem) -> Problem:
@@ -76,9 +83,15 @@ def _read(problem: Problem) -> Problem:
 
 
 def _forward(
-    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
+    target: str,
 ) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
     choice = recurrence.choose(problem, target or None)
     module = recurrence.target_module(choice.target)
     result = module.forward(problem) if choice.target == "reference" else module.forward(problem, False)
@@ -86,22 +99,34 @@ def _forward(
 
 
 def _forward_shapes(
-    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
+    target: str,
 ) -> list[Tensor]:
-    problem = _problem(tensors, cell, lengths, reset, reverse)
+    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
     output = _empty_as_input(problem.x, problem.sizes[problem.cell.output])
     return [output, *(problem.x.new_empty(problem.rows, size) for size in problem.sizes)]
 
 
 def _forward_differentiable(
-    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
+    target: str,
 ) -> list[Tensor]:
     """Above autograd: nothing is saved unless a gradient is wanted; what goes beyond adjoints is the reference's."""
     beyond = recurrence._beyond_adjoints()
     if not beyond and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.throughtime.recurrence(tensors, cell, lengths, reset, reverse, target)
-    problem = _problem(tensors, cell, lengths, reset, reverse)
+            return torch.ops.throughtime.recurrence(tensors, cell, lengths, reset, reverse, segments, target)
+    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
     choice = recurrence.choose(problem, target or None)
     if choice.target == "reference":
         result = recurrence.target_module("reference").forward(problem)
@@ -137,7 +162,8 @@ class _Operators:
         return tuple(next(wanted) if need else None for need in needs)
 
     def _arguments(self, problem: Problem) -> tuple[object, ...]:
-        return list(problem.tensors), self.cell, self.lengths, problem.reset, problem.reverse, self.target
+        segments = 0 if problem.segments == "auto" else problem.segments
+        return list(problem.tensors), self.cell, self.lengths, problem.reset, problem.reverse, segments, self.target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,19 +171,31 @@ class _Operators:
 
 
 def _training(
-    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
+    target: str,
 ) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
     result = recurrence.target_module(target).forward(problem, True)
     return [_as_input(result.output, problem.x), *_own(result.states, tensors), *result.workspace]
 
 
 def _training_shapes(
-    tensors: list[Tensor], cell: str, lengths: Tensor | None, reset: Tensor | None, reverse: bool, target: str
+    tensors: list[Tensor],
+    cell: str,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    reverse: bool,
+    segments: int | None,
+    target: str,
 ) -> list[Tensor]:
-    problem = _problem(tensors, cell, lengths, reset, reverse)
+    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
     shapes = recurrence.target_module(target).workspace_shapes(problem)
-    results = _forward_shapes(tensors, cell, lengths, reset, reverse, target)
+    results = _forward_shapes(tensors, cell, lengths, reset, reverse, segments, target)
     return [*results, *(problem.x.new_empty(shape) for shape in shapes)]
 
 
@@ -167,12 +205,13 @@ def _backward(
     lengths: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
+    segments: int | None,
     target: str,
     results: list[Tensor],
     d_results: list[Tensor | None],
     needs: list[bool],
 ) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse))
+    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
     states = len(problem.states)
     result = Result(results[0], tuple(results[1 : 1 + states]), tuple(results[1 + states :]))
     found = recurrence.target_module(target).backward(problem, result, d_results[0], d_results[1:], needs)
@@ -189,6 +228,7 @@ def _backward_shapes(
     lengths: Tensor | None,
     reset: Tensor | None,
     reverse: bool,
+    segments: int | None,
     target: str,
     results: list[Tensor],
     d_results: list[Tensor | None],

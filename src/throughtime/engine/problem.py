@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -20,7 +20,8 @@ class Problem:
     `cell.parameters`; outside: [T, B, 1 or H] per step, then [B, 1 or H] per sequence; initial: what a reset returns
     to, [B, width] for each state, empty without resets; lengths: the steps of each row, falling from row to row, or
     None for T each; reset [T, B] bool: the state returns to `initial` before that step; reverse: time runs from a
-    row's last step to its first.
+    row's last step to its first; segments: keep the states of every so many steps only and compute the rest anew for
+    the backward run ("auto": about the root of T), or None to keep all.
     """
 
     cell: Cell
@@ -32,6 +33,7 @@ class Problem:
     lengths: tuple[int, ...] | None = None
     reset: Tensor | None = None
     reverse: bool = False
+    segments: int | Literal["auto"] | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

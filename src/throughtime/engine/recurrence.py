@@ -47,14 +47,15 @@ class Choice:
 class Record:
     """One recurrence as it ran on the reference: its states after each computed step, part of the autograd graph.
 
-    `states`, and `values`, which maps every node of the cell to its value at each step, are in the order of
-    computation, so from each row's last step when the problem is `reverse`; rows are the caller's. `problem.x` is a
-    node of this run's own, so that a gradient by it is through this recurrence alone.
+    `states` is in the order of computation, so from each row's last step when `reverse`; rows are the caller's. So is
+    `values`, None unless asked for: what every node of the cell was worth at each step. `output` [T, B, width] is what
+    was shown. `problem.x` is a node of this run's own, so that a gradient by it is through this recurrence alone.
     """
 
     problem: Problem
     states: list[tuple[Tensor, ...]] = field(default_factory=list)
-    values: list[dict[Node, Tensor]] = field(default_factory=list)
+    values: list[dict[Node, Tensor]] | None = None
+    output: Tensor | None = None
 
     @property
     def cell(self) -> Cell:
@@ -72,14 +73,17 @@ class Record:
         return self.problem.lengths
 
 
-_records: ContextVar[list[Record] | None] = ContextVar("records", default=None)
+_records: ContextVar[tuple[list[Record], bool] | None] = ContextVar("records", default=None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Record]]:
-    """Inside, every recurrence runs on the reference loop and leaves a `Record` in the list, layer by layer."""
+def recording(values: bool = False) -> Iterator[list[Record]]:
+    """Inside, every recurrence runs on the reference loop and leaves a `Record` in the list, layer by layer.
+
+    With `values`, the records hold every value of every step too.
+    """
     records: list[Record] = []
-    token = _records.set(records)
+    token = _records.set((records, values))
     try:
         yield records
     finally:
@@ -93,6 +97,13 @@ def is_recording() -> bool:
 
 def choose(problem: Problem, target: str | None = None) -> Choice:
     """The target that would run this problem now; raises TargetError if the one asked for cannot."""
+    choice = _choose(problem, target)
+    if problem.segments is not None and choice.target != "cpu":
+        return replace(choice, reason=f"{choice.reason}; it keeps every step, whatever segments= says")
+    return choice
+
+
+def _choose(problem: Problem, target: str | None) -> Choice:
     if _records.get() is not None:
         return Choice("reference", "a recording of the states is under way")
     asked, asker = (
@@ -139,9 +150,9 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
     reference. Outputs past a row's end are zero.
     """
     if torch.compiler.is_compiling():
-        found = torch.ops.throughtime.recurrence(
-            list(problem.tensors), problem.cell.json, problem.lengths, problem.reset, problem.reverse, target or ""
-        )
+        segments = 0 if problem.segments == "auto" else problem.segments
+        rest = (problem.lengths, problem.reset, problem.reverse, segments, target or "")
+        found = torch.ops.throughtime.recurrence(list(problem.tensors), problem.cell.json, *rest)
         return found[0], tuple(found[1:])
     choice = choose(problem, target)
     if choice.target == "reference":
@@ -155,15 +166,17 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
 
 
 def _run_reference(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
-    records = _records.get()
-    if records is None:
+    under_way = _records.get()
+    if under_way is None:
         result = reference.forward(problem)
     else:
+        records, values = under_way
         x = problem.x
         own = x.view_as(x) if x.requires_grad or not torch.is_grad_enabled() else x.detach().requires_grad_()
-        record = Record(replace(problem, x=own))
+        record = Record(replace(problem, x=own), values=[] if values else None)
         records.append(record)
         result = reference.forward(record.problem, record.states, record.values)
+        record.output = result.output
     return result.output, result.states
 
 

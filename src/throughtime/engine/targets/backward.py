@@ -98,10 +98,10 @@ class BackwardDriver(Driver):
             code.zero_number(address + number * self.item)
 
     def walk(self) -> str:
-        """`walk(frame)`: the steps from last to first."""
+        """`walk(frame)`: the phases from before `walk.last` down to `walk.first`."""
         code = self.code
-        first = self.field("phase.first")
-        self.block_end = code.integer_variable(self.field("phase.last"))
+        first = self.field("walk.first")
+        self.block_end = code.integer_variable(self.field("walk.last"))
         with code.forever() as leave_when:
             leave_when(self.block_end.get() <= first)
             self._block(first)
@@ -188,7 +188,7 @@ class BackwardDriver(Driver):
     def _step(self, phase: Int) -> None:
         code = self.code
         count = self.own_running(phase)
-        later = self.own_running(phase + 1, exists=phase + 1 < self.field("phase.last"))
+        later = self.own_running(phase + 1, exists=phase + 1 < self.field("steps"))
         going = code.minimum(count, later)
         time = self.time(phase)
         first = self.offset.get()

@@ -12,7 +12,8 @@ import math
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Stage
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets import gang, kernels, llvm, memory
+from throughtime.engine.targets import gang, kernels, llvm, memory, segments
 from throughtime.engine.targets.backward import CHUNK, FEW_COLUMNS, FEW_INPUTS, OUTER_COLUMNS
 from throughtime.engine.targets.compiled import (
     Compiled,
@@ -152,6 +153,10 @@ def sharing(threads: int, rows: int, tiles: int, ragged: bool, work: int, step_b
     return alone
 
 
+Crew = gang.Team | gang.Gang | None
+"""The threads of a run; None is the caller's alone."""
+
+
 class Setting:
     """Everything of one run that the sizes decide: buffers, kernels, and a frame for each thread.
 
@@ -199,7 +204,6 @@ class Setting:
     def _common(self) -> None:
         self.put("yield", gang.yield_address())
         self.put("steps", self.steps)
-        self.put("phase.last", self.steps)
         self.put("reverse", int(self.reverse))
         self.put("rows.batch", self.rows)
         self.put("kernels", ctypes.addressof(self.code.table))
@@ -208,7 +212,7 @@ class Setting:
         self.put("threads", len(self.frames) if self.sharing.units_shared else 1)
         self.put("ladder", int(self.ladder))
         self.put("units_shared", int(self.sharing.units_shared))
-        self.put("barrier", self.cleared(64))
+        self.put("barrier", self.arena.bytes(64))
         self.active_place = self.arena.bytes(8 * self.steps)
         self.put("active", self.active_place)
         self._set_active([self.rows] * self.steps)
@@ -310,11 +314,12 @@ class Setting:
         self.put(f"{buffer}.origin", start)
         self.put(f"{buffer}.size", tensor.stride(0) * self.item)
 
-    def steps_of(self, buffer: str, tensor: Tensor) -> None:
-        """A buffer that is the rows of each step of a tensor [T, B, width]."""
+    def steps_of(self, buffer: str, tensor: Tensor, first: int = 0) -> None:
+        """A buffer that is the rows of each step of a tensor [T, B, width], from step `first` on."""
         tensor = self._readable(tensor)
-        self.put(f"{buffer}.origin", tensor.data_ptr())
-        self.put(f"{buffer}.step", tensor.stride(0) * self.item)
+        step = tensor.stride(0) * self.item
+        self.put(f"{buffer}.origin", tensor.data_ptr() - first * step)
+        self.put(f"{buffer}.step", step)
         self.put(f"{buffer}.size", tensor.stride(1) * self.item)
 
     def _readable(self, tensor: Tensor) -> Tensor:
@@ -344,18 +349,31 @@ class Setting:
         for address, size in self.zeroed:
             ctypes.memset(address, 0, size)
 
-    def execute(self, crew: gang.Team | gang.Gang | None) -> None:
-        """Run the drivers on the frames, as many at once as there are threads, and wait for all of them."""
-        threads = 1 + crew.helpers if crew else 1
-        packers = min(threads, len(self.frames))
+    def pack(self, crew: Crew) -> None:
+        """Lay out the weights, and zero what is added to."""
+        self.clear()
+        packers = self._packers(crew)
         self.put("packers", packers)
         self._run(crew, self.code.pack, self.addresses[:packers])
-        for first in range(0, len(self.frames), threads):
-            self._run(crew, self.code.walk, self.addresses[first : first + threads])
-        if self.code.add_up and len(self.sharing.crews()) > 1:
-            self._run(crew, self.code.add_up, self.addresses[:packers])
 
-    def _run(self, crew: gang.Team | gang.Gang | None, call: gang.Call, addresses: list[int]) -> None:
+    def walk(self, crew: Crew, first: int, last: int) -> None:
+        """Walk from one phase up to another, with as many frames at once as there are threads, and wait for all."""
+        self.put("walk.first", first)
+        self.put("walk.last", last)
+        ctypes.memset(self.values["barrier"], 0, 64)
+        threads = 1 + crew.helpers if crew else 1
+        for frame in range(0, len(self.frames), threads):
+            self._run(crew, self.code.walk, self.addresses[frame : frame + threads])
+
+    def add_up(self, crew: Crew) -> None:
+        """Add the sums of the shards of rows."""
+        if self.code.add_up and len(self.sharing.crews()) > 1:
+            self._run(crew, self.code.add_up, self.addresses[: self._packers(crew)])
+
+    def _packers(self, crew: Crew) -> int:
+        return min(1 + crew.helpers if crew else 1, len(self.frames))
+
+    def _run(self, crew: Crew, call: gang.Call, addresses: list[int]) -> None:
         if crew is None or len(addresses) == 1:
             for address in addresses:
                 call.function(address)
@@ -456,18 +474,37 @@ def _recurrent_bytes(problem: Problem) -> int:
 
 
 def forward(problem: Problem, save: bool) -> Result:
-    """Run the recurrence; with `save`, the workspace is what the backward run wants to see again."""
+    """Run the recurrence; with `save`, the workspace is what the backward run wants to see again.
+
+    With segments that is not every step's values but the states at the segments' edges.
+    """
     sizes = _sizes(problem)
     threads = torch.get_num_threads()
     wanted = _sharing_of(problem, sizes, threads, sums=False)
+    segment = _segment(problem, sizes, say=True) if save else problem.steps
     with gang.gathered(min(threads, len(wanted.shares))) as crew:
         shared = wanted if crew else _sharing_of(problem, sizes, 1, sums=False)
-        key = ("forward", save, len(shared.shares), *sizes)
-        setting = _settings.take(key) or _Forward(problem, save, shared)
-        assert isinstance(setting, _Forward)
-        result = setting.run(problem, crew)
-        _settings.give(key, setting)
-        return result
+        with _forward_setting(problem, sizes, save and segment == problem.steps, shared, segment) as setting:
+            return setting.run(problem, crew)
+
+
+def _segment(problem: Problem, sizes: tuple[object, ...], say: bool = False) -> int:
+    """Steps whose inside is kept, or computed anew, at once: all of them without segments."""
+    if problem.segments is None:
+        return problem.steps
+    block = _block(problem, _sharing_of(problem, sizes, 1, sums=True))
+    return segments.length(problem.segments, problem.steps, block, say)
+
+
+@contextmanager
+def _forward_setting(
+    problem: Problem, sizes: tuple[object, ...], save: bool, shared: Sharing, segment: int
+) -> Iterator[_Forward]:
+    key = ("forward", save, segment, len(shared.shares), *sizes)
+    setting = _settings.take(key) or _Forward(problem, save, shared, segment)
+    assert isinstance(setting, _Forward)
+    yield setting
+    _settings.give(key, setting)
 
 
 def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
@@ -477,6 +514,10 @@ def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
     units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
     padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
     widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
+    segment = _segment(problem, _sizes(problem))
+    if segment < problem.steps:
+        edges = len(segments.ranges(problem.steps, segment)) - 1
+        return [(edges, problem.rows, width) for width in widths]
     for buffer, slots in plans.forward(cell).slots.items():
         kind, width = buffer.split(":")
         if kind == "saved":
@@ -485,10 +526,12 @@ def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
 
 
 class _Forward(Setting):
-    def __init__(self, problem: Problem, save: bool, shared: Sharing) -> None:
+    """Forward runs: whole ones that save nothing or everything; ones in segments, and segments computed again."""
+
+    def __init__(self, problem: Problem, save: bool, shared: Sharing, segment: int) -> None:
         cell = problem.cell
-        self.save = save
-        streaming = save and _saved_bytes(problem) > STREAMED_BYTES
+        self.save, self.segment = save, segment
+        streaming = save and _saved_bytes(problem, segment) > STREAMED_BYTES
         super().__init__(problem, compiled(cell, problem.x.element_size(), "forward", save, streaming), shared)
         plan = self.code.plan
         for i, state in enumerate(cell.states):
@@ -561,32 +604,56 @@ class _Forward(Setting):
         """The numbers of rows whose input products are taken together."""
         active = self.active[::-1] if self.reverse else self.active
         counts = [share.running(n) for n in active]
-        return sorted({sum(counts[i : i + self.block]) for i in range(0, len(counts), self.block)} - {0})
+        found = set()
+        for first, last in segments.ranges(self.steps, self.segment):
+            found |= {sum(counts[i : min(i + self.block, last)]) for i in range(first, last, self.block)}
+        return sorted(found - {0})
 
-    def run(self, problem: Problem, crew: gang.Team | gang.Gang | None) -> Result:
-        """One run on these tensors."""
-        cell = self.cell
+    def run(self, problem: Problem, crew: Crew) -> Result:
+        """One run on these tensors, all of it; in segments if they are shorter."""
+        output = _like_input(problem)
+        workspace = [memory.tensor(shape, self.dtype) for shape in workspace_shapes(problem)] if self.keeps else []
+        free = iter(workspace)
+        histories = []
+        for i in range(len(self.cell.states)):
+            kept = next(free) if self.save and i != self.cell.output else None
+            histories.append(output if i == self.cell.output else self.last_two[i] if kept is None else kept)
+        self.open(problem, crew)
+        self.point(0, histories, list(free))
+        for number, (first, last) in enumerate(segments.ranges(self.steps, self.segment)):
+            self.walk(crew, first, last)
+            if last < self.steps:
+                for edges, two in zip(workspace, self.last_two.values(), strict=True):
+                    edges[number] = two[(last - 1) % 2]
+        return Result(output, self._last_states(problem, histories), tuple(workspace))
+
+    def saved_widths(self) -> list[int]:
+        """The numbers per row and step of what is saved beside the states."""
+        slots = self.code.plan.slots.items()
+        return [n * self.tiles[b.split(":")[1]] * self.lanes for b, n in slots if b.startswith("saved")]
+
+    @property
+    def keeps(self) -> bool:
+        """Whether a backward run will follow."""
+        return self.save or self.segment < self.steps
+
+    def open(self, problem: Problem, crew: Crew) -> None:
+        """Point at a problem's tensors, and pack its weights."""
         self.bind(problem)
         if problem.lengths is not None:
             self._prepare()
-        output = _like_input(problem)
-        workspace = [memory.tensor(shape, self.dtype) for shape in workspace_shapes(problem)] if self.save else []
-        free = iter(workspace)
-        histories: list[Tensor] = []
-        for i, state in enumerate(cell.states):
-            history = output
-            if i != cell.output:
-                history = next(free) if self.save else self.last_two[i]
-            histories.append(history)
-            self.steps_of(f"history:{state}", history)
-            self.steps_of(f"next:{state}", history)
+        self.pack(crew)
+
+    def point(self, first: int, histories: Sequence[Tensor], saved: Sequence[Tensor], before: int = 0) -> None:
+        """Where the states and what is saved go. Saved values begin at step `first`, states `before` steps earlier."""
+        for state, history in zip(self.cell.states, histories, strict=True):
+            self.steps_of(f"history:{state}", history, first - before)
+            self.steps_of(f"next:{state}", history, first - before)
+        free = iter(saved)
         for buffer, slots in self.code.plan.slots.items():
             if buffer.startswith("saved") and self.save:
-                self.steps_of(buffer, next(free))
+                self.steps_of(buffer, next(free), first)
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
-        self.clear()
-        self.execute(crew)
-        return Result(output, self._last_states(problem, histories), tuple(workspace))
 
     def _last_states(self, problem: Problem, histories: list[Tensor]) -> tuple[Tensor, ...]:
         """The state [B, width] after each row's last phase."""
@@ -606,10 +673,10 @@ class _Forward(Setting):
         return tuple(found)
 
 
-def _saved_bytes(problem: Problem) -> int:
-    """About how much a training run writes for its backward run."""
+def _saved_bytes(problem: Problem, steps: int) -> int:
+    """About how much a training run writes for its backward run over so many steps."""
     values = len(calculus.saved(problem.cell))
-    return problem.steps * problem.rows * values * problem.hidden_size * problem.x.element_size()
+    return steps * problem.rows * values * problem.hidden_size * problem.x.element_size()
 
 
 def _like_input(problem: Problem) -> Tensor:
@@ -637,15 +704,93 @@ def backward(
     """The gradients of `problem.tensors`, None where `needs` says so; an adjoint of None is zero."""
     sizes = _sizes(problem)
     threads = torch.get_num_threads()
+    segment = _segment(problem, sizes)
+    again = segment < problem.steps
     wanted = _sharing_of(problem, sizes, threads, sums=True)
-    with gang.gathered(min(threads, len(wanted.shares))) as crew:
+    with gang.gathered(min(threads, len(wanted.shares))) as crew, ExitStack() as used:
         shared = wanted if crew else _sharing_of(problem, sizes, 1, sums=True)
         key = ("backward", tuple(needs), len(shared.shares), *sizes)
         setting = _settings.take(key) or _Backward(problem, needs, shared)
         assert isinstance(setting, _Backward)
-        gradients = setting.run(problem, result, d_output, d_states, crew)
+        kept: _Kept | _Again
+        if again:
+            same = _sharing_of(problem, sizes, threads if crew else 1, sums=False)
+            forward_setting = used.enter_context(_forward_setting(problem, sizes, True, same, segment))
+            kept = _Again(forward_setting, problem, result, crew)
+        else:
+            kept = _Kept(problem, result)
+        gradients = setting.run(problem, kept, d_output, d_states, crew)
         _settings.give(key, setting)
         return gradients
+
+
+@dataclass(frozen=True)
+class Values:
+    """What a forward run left of some steps: each state from `before` steps ahead of `first` on, what it saved."""
+
+    histories: tuple[Tensor, ...]
+    saved: tuple[Tensor, ...]
+    first: int = 0
+    before: int = 0
+
+
+class _Kept:
+    """Every step's values, as the forward run kept them."""
+
+    def __init__(self, problem: Problem, result: Result) -> None:
+        self.result, self.output = result, problem.cell.output
+        self.ranges = [(0, problem.steps)]
+
+    def values(self, first: int, last: int) -> Values:
+        """All of them."""
+        others = len(self.result.states) - 1
+        histories = list(self.result.workspace[:others])
+        histories.insert(self.output, self.result.output)
+        return Values(tuple(histories), self.result.workspace[others:])
+
+
+class _Again:
+    """A segment's values, computed anew from the states before it."""
+
+    def __init__(self, setting: _Forward, problem: Problem, result: Result, crew: Crew) -> None:
+        self.setting, self.result, self.crew = setting, result, crew
+        self.output, self.reverse, self.steps = problem.cell.output, problem.reverse, problem.steps
+        self.ranges = segments.ranges(problem.steps, setting.segment)[::-1]
+        rows, dtype = problem.rows, problem.x.dtype
+        widths = [setting.tiles[width] * setting.lanes for width in setting.cell.widths]
+        self.histories = [memory.tensor((setting.segment + 1, rows, width), dtype) for width in widths]
+        self.saved = [memory.tensor((setting.segment, rows, width), dtype) for width in setting.saved_widths()]
+        setting.open(problem, crew)
+
+    def values(self, first: int, last: int) -> Values:
+        """The values of these phases. The state before them lies beside them: one step earlier in the run's time."""
+        edge = last - first if self.reverse else 0
+        number = first // self.setting.segment - 1
+        if number >= 0:
+            time = self.steps - first if self.reverse else first - 1
+            edges = list(self.result.workspace)
+            edges.insert(self.output, self.result.output)
+            for i, (history, kept) in enumerate(zip(self.histories, edges, strict=True)):
+                before = kept[time if i == self.output else number]
+                history[edge, :, : before.shape[1]] = before
+        start, before_start = (self.steps - last, 0) if self.reverse else (first, 1)
+        self.setting.point(start, self.histories, self.saved, before_start)
+        self.setting.walk(self.crew, first, last)
+        return Values(tuple(self.histories), tuple(self.saved), start, before_start)
+
+
+def _block(problem: Problem, shared: Sharing) -> int:
+    """The steps of a block: their deltas fit the ring, and are rows enough to be worth a sum, but not too many."""
+    item = problem.x.element_size()
+    lanes = llvm.machine().lanes(item)
+    units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
+    rows = max(share.count for share in shared.shares)
+    rings = [
+        (slots, b.split(":")[1]) for b, slots in plans.backward(problem.cell).slots.items() if b.startswith("ring")
+    ]
+    step = sum(slots * -(-units[width] // lanes) for slots, width in rings) * lanes * item * rows
+    block = max(1, RING_BYTES // max(1, step), -(-RING_ROWS // rows))
+    return max(1, min(problem.steps, block, MOST_RING_ROWS // rows))
 
 
 class _Backward(Setting):
@@ -661,8 +806,7 @@ class _Backward(Setting):
         self.needs = [list(needs[a:b]) for a, b in pairwise(edges)]
         self.resets = problem.reset is not None
         self.most_rows = max(share.count for share in shared.shares)
-        self.block = max(1, RING_BYTES // self._ring_row(), -(-RING_ROWS // self.most_rows))
-        self.block = max(1, min(self.steps, self.block, MOST_RING_ROWS // self.most_rows))
+        self.block = _block(problem, shared)
         self.ring_rows = self.block * self.most_rows
         self.put("block", self.block)
         self.put("ring.rows", self.ring_rows)
@@ -690,11 +834,6 @@ class _Backward(Setting):
             self.parts[parameter.name] = [self.arena.bytes(tensor.numel() * self.item) if need else 0 for _ in others]
             self.part_tables[parameter.name] = self.arena.integers(self.parts[parameter.name] or [0])
         self.put("sums", self.arena.bytes(8 + 32 * len(self.cell.parameters)))
-
-    def _ring_row(self) -> int:
-        """Bytes of the deltas of one step of a frame's rows."""
-        slots = sum(n * self.tiles[b.split(":")[1]] for b, n in self.plan.slots.items() if b.startswith("ring"))
-        return max(1, slots * self.vector_bytes * self.most_rows)
 
     def _buffers(self) -> None:
         for buffer, slots in self.plan.slots.items():
@@ -828,38 +967,39 @@ class _Backward(Setting):
     def run(
         self,
         problem: Problem,
-        result: Result,
+        kept: _Kept | _Again,
         d_output: Tensor | None,
         d_states: Sequence[Tensor | None],
-        crew: gang.Team | gang.Gang | None,
+        crew: Crew,
     ) -> tuple[Tensor | None, ...]:
         """One run on these tensors."""
         self.bind(problem)
         if problem.lengths is not None:
             self._prepare()
-        self._bind_forward(result)
         if d_output is None:
-            d_output = torch.zeros_like(result.output)
+            d_output = torch.zeros_like(kept.result.output)
         self.steps_of("d_output", d_output)
         self._look_ahead("d_output")
         self._bind_opening(problem, d_output, d_states[self.cell.output])
         self._make_gradients(problem, d_states)
-        self.clear()
+        self.pack(crew)
         self._carry(d_states)
-        self.execute(crew)
+        for first, last in kept.ranges:
+            self._bind_values(kept.values(first, last))
+            self.walk(crew, first, last)
+        self.add_up(crew)
         return self._gradients(problem)
 
-    def _bind_forward(self, result: Result) -> None:
-        """What the forward run left."""
-        workspace = list(result.workspace)
-        for i, state in enumerate(self.cell.states):
-            history = result.output if i == self.cell.output else workspace.pop(0)
-            self.steps_of(f"history:{state}", history)
-            self.steps_of(f"after:{state}", history)
+    def _bind_values(self, values: Values) -> None:
+        """What the forward run left of the steps to come."""
+        for state, history in zip(self.cell.states, values.histories, strict=True):
+            self.steps_of(f"history:{state}", history, values.first - values.before)
+            self.steps_of(f"after:{state}", history, values.first - values.before)
             self._look_ahead(f"after:{state}")
+        saved = iter(values.saved)
         for buffer, slots in plans.forward(self.cell).slots.items():
             if buffer.startswith("saved"):
-                self.steps_of(buffer, workspace.pop(0))
+                self.steps_of(buffer, next(saved), values.first)
                 self.put(f"{buffer}.tile", slots * self.vector_bytes)
                 self._look_ahead(buffer)
 

@@ -48,7 +48,7 @@ def frame_of(cell: Cell, plan: Plan) -> Frame:
         "reset",
         "active",
     ]
-    names += ["phase.first", "phase.last", "block", "rows.first", "rows.stride", "rows.count", "rows.batch"]
+    names += ["walk.first", "walk.last", "block", "rows.first", "rows.stride", "rows.count", "rows.batch"]
     names += [
         "kernels",
         "tile_limits",
@@ -185,7 +185,7 @@ class Driver:
 
     def own_earlier(self, phase: Int) -> Int:
         """How many of this thread's rows ran at the phase before."""
-        return self.own_running(phase - 1, exists=phase > self.field("phase.first"))
+        return self.own_running(phase - 1, exists=phase > 0)
 
     def rank(self, row: Int) -> Int:
         """The row of the whole batch that is this thread's number `row`."""
@@ -425,11 +425,11 @@ class ForwardDriver(Driver):
         return self.code.text()
 
     def walk(self) -> str:
-        """`walk(frame)`: the steps."""
+        """`walk(frame)`: the phases from `walk.first` up to `walk.last`."""
         code = self.code
         drives = [s for s in self.stages if s.name.startswith("drive")]
-        last = self.field("phase.last")
-        with code.loop(last, start=self.field("phase.first"), step=self.field("block")) as begin:
+        last = self.field("walk.last")
+        with code.loop(last, start=self.field("walk.first"), step=self.field("block")) as begin:
             end = code.minimum(begin + self.field("block"), last)
             if drives:
                 self._drive(drives, begin, end)

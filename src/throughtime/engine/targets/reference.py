@@ -22,21 +22,29 @@ def refusal(problem: Problem) -> str | None:
     return None
 
 
-def forward(problem: Problem, history: list[tuple[Tensor, ...]] | None = None) -> Result:
-    """Run the recurrence; `history`, if given, is filled with the states [B, width] after each computed step."""
+def forward(
+    problem: Problem,
+    history: list[tuple[Tensor, ...]] | None = None,
+    seen: list[dict[Node, Tensor]] | None = None,
+) -> Result:
+    """Run the recurrence; `history` and `seen`, if given, are filled in the order of computation.
+
+    `history` gets the states [B, width] after each step, and `seen` the value of every node of the cell in that step.
+    """
     cell, x, states = problem.cell, problem.x, problem.states
     device = x.device
     lengths = None if problem.lengths is None else torch.as_tensor(problem.lengths, device=device)
+    inputs = x.unbind()  # at once: the gradient of T single steps would be T tensors of the whole size
     outputs: list[Tensor] = [x] * problem.steps
     for t in problem.order():
-        x_t, outside_t = x[t], at_step(problem, t)
+        x_t, outside_t = inputs[t], at_step(problem, t)
         running = None if lengths is None else step_mask(lengths > t)
         if problem.reset is not None:
             restart = step_mask(problem.reset[t])
             restart = restart if running is None else restart & running
             states = tuple(torch.where(restart, i, s) for i, s in zip(problem.initial, states, strict=True))
         if running is None:
-            states = step(problem, x_t, states, outside_t)
+            states = step(problem, x_t, states, outside_t, seen)
             if history is not None:
                 # A node of its own for each state: c_t, say, must not be counted again on its way to h_t.
                 states = tuple(state.view_as(state) for state in states)
@@ -44,7 +52,7 @@ def forward(problem: Problem, history: list[tuple[Tensor, ...]] | None = None) -
         else:
             # What lies past a row's end may be anything, NaN too; it must not reach a gradient even times zero.
             x_t, *rest = (torch.where(running, v, torch.zeros_like(v)) for v in (x_t, *states, *outside_t))
-            after = step(problem, x_t, rest[: len(states)], rest[len(states) :])
+            after = step(problem, x_t, rest[: len(states)], rest[len(states) :], seen)
             states = tuple(torch.where(running, new, old) for new, old in zip(after, states, strict=True))
             shown = states[cell.output]
             outputs[t] = torch.where(running, shown, torch.zeros_like(shown))
@@ -55,7 +63,13 @@ def forward(problem: Problem, history: list[tuple[Tensor, ...]] | None = None) -
     return Result(torch.stack(outputs), states)
 
 
-def step(problem: Problem, x_t: Tensor, states: Sequence[Tensor], outside_t: Sequence[Tensor]) -> tuple[Tensor, ...]:
+def step(
+    problem: Problem,
+    x_t: Tensor,
+    states: Sequence[Tensor],
+    outside_t: Sequence[Tensor],
+    seen: list[dict[Node, Tensor]] | None = None,
+) -> tuple[Tensor, ...]:
     """One step: x_t [B, I], the states [B, width] and the outside inputs [B, 1 or H] to the next states."""
     cell = problem.cell
     values = {leaf: leaf_value(problem, leaf, x_t, states, outside_t) for leaf in leaves(cell)}
@@ -63,6 +77,8 @@ def step(problem: Problem, x_t: Tensor, states: Sequence[Tensor], outside_t: Seq
         values = tape.run(values, lambda number: torch.tensor(number, dtype=x_t.dtype, device=x_t.device))
         for product in products:
             values[product] = values[product.args[0]] @ problem.block(product).T
+    if seen is not None:
+        seen.append(values)
     return tuple(_full(values[node], states[i].shape) for i, node in enumerate(cell.next))
 
 
