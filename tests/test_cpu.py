@@ -17,7 +17,8 @@ from torch import Tensor
 
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets import cpu, memory
+from throughtime.engine.targets import cpu, memory, sharing
+from throughtime.engine.targets.setting import Settings
 from throughtime.equations.catalogue import CELLS, GRU, LSTM, Elman
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
@@ -29,7 +30,7 @@ def _poisoned(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Scratch and workspaces begin as NaN, and no run finds what another one prepared."""
     poison(monkeypatch)
     yield
-    cpu._settings.idle.clear()
+    cpu.settings.idle.clear()
 
 
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -41,14 +42,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
         return block
 
     monkeypatch.setattr(memory.Pool, "take", poisoned)
-    monkeypatch.setattr(cpu, "_settings", cpu.Settings())
+    monkeypatch.setattr(cpu, "settings", Settings())
 
 
 def share_from(monkeypatch: pytest.MonkeyPatch, work: int) -> None:
     """Let threads share every run of at least so much work."""
-    monkeypatch.setattr(cpu, "ALONE", work)
-    monkeypatch.setattr(cpu, "_sharings", {})
-    monkeypatch.setattr(cpu, "_settings", cpu.Settings())
+    monkeypatch.setattr(sharing, "ALONE", work)
+    monkeypatch.setattr(sharing, "_sharings", {})
+    monkeypatch.setattr(cpu, "settings", Settings())
 
 
 def adjoints(problem: Problem, seed: int = 1) -> tuple[Tensor, list[Tensor]]:

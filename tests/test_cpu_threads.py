@@ -22,7 +22,7 @@ from torch import Tensor
 
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets import cache, cpu, gang
+from throughtime.engine.targets import cache, gang, sharing
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
@@ -71,8 +71,8 @@ def test_the_number_of_threads_changes_no_bit(name: str, way: str, monkeypatch: 
     share_from(monkeypatch, 0)
     size: dict[str, Any] = {"steps": 6, "input_size": 3, "hidden_size": 17, "dtype": torch.float32, **WAYS[way]}
     if size.pop("heavy", False):
-        monkeypatch.setattr(cpu, "STEP_BYTES_OF_FEW", 0)
-        monkeypatch.setattr(cpu.os, "cpu_count", lambda: 2)
+        monkeypatch.setattr(sharing, "STEP_BYTES_OF_FEW", 0)
+        monkeypatch.setattr(sharing.os, "cpu_count", lambda: 2)
     problem = random_problem(USED[name], **size)
     alone = on_threads(problem, 1)
     for threads in (2, 3):
@@ -158,9 +158,9 @@ import os, sys, torch
 from blackboards import ALL, random_problem
 from test_cpu import outcome
 from agreement import assert_agree
-from throughtime.engine.targets import cpu
+from throughtime.engine.targets import sharing
 from throughtime.equations.catalogue import GRU
-cpu.ALONE = 0
+sharing.ALONE = 0
 torch.set_num_threads(2)
 problem = random_problem(GRU, 6, 25, 3, 17, dtype=torch.float32)
 right = outcome(problem, "cpu")

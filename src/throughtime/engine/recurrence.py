@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -95,6 +95,22 @@ def is_recording() -> bool:
     return _records.get() is not None
 
 
+_look: ContextVar[Callable[[Problem], Problem] | None] = ContextVar("look", default=None)
+
+
+@contextmanager
+def watched(look: Callable[[Problem], Problem]) -> Iterator[None]:
+    """Inside, `look` is shown every problem before it runs, on whatever target, and gives it back on its own tensors.
+
+    So it can hang autograd hooks on them. Compiled programs run unseen.
+    """
+    token = _look.set(look)
+    try:
+        yield
+    finally:
+        _look.reset(token)
+
+
 def choose(problem: Problem, target: str | None = None) -> Choice:
     """The target that would run this problem now; raises TargetError if the one asked for cannot."""
     choice = _choose(problem, target)
@@ -154,6 +170,8 @@ def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tens
         rest = (problem.lengths, problem.reset, problem.reverse, segments, target or "")
         found = torch.ops.throughtime.recurrence(list(problem.tensors), problem.cell.json, *rest)
         return found[0], tuple(found[1:])
+    if (look := _look.get()) is not None:
+        problem = look(problem)
     choice = choose(problem, target)
     if choice.target == "reference":
         return _run_reference(problem)

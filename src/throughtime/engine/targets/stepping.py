@@ -1,0 +1,192 @@
+"""One step at a time on the CPU target: weights packed once, frames made once, one call for a step of all layers.
+
+The driver that walks a whole sequence walks the single step too, on the same kernels, so a step has the bits that the
+whole run gives it. States lie in two places and change sides at each step: what a step reads is never what it writes,
+and a step that does not come to its end has changed nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from throughtime.engine.problem import Problem
+from throughtime.engine.targets import cache, gang, kernels, sharing
+from throughtime.engine.targets.compiled import Compiled
+from throughtime.engine.targets.forward_setting import ForwardSetting
+from throughtime.engine.targets.llvm import Code
+from throughtime.engine.targets.sharing import Share, Sharing, by_rows
+from throughtime.errors import ThroughtimeError
+
+Frame = ctypes.Array[ctypes.c_int64]
+
+
+class Steps:
+    """A stack of layers that takes one step of B rows at a time.
+
+    `layers` are problems of one step, a layer each, whose parameters are packed here and not read again; their x and
+    states are looked at for their sizes alone. States are zero at first (`write`). Without `batched` there is one row,
+    and outputs have no dimension for it. `like` are steps of the same layers for any number of rows, whose packed
+    weights are used in place of packing anew. One caller at a time.
+    """
+
+    def __init__(self, layers: Sequence[Problem], batched: bool, like: Steps | None = None) -> None:
+        first = layers[0]
+        self.cell, self.rows, self.depth = first.cell, first.rows, len(layers)
+        shared = _sharing(layers)
+        self.settings = [ForwardSetting(layer, False, shared, layer.steps) for layer in layers]
+        self.outside_units = [self.settings[0].outside_units(place) for place in range(len(self.cell.outside))]
+        self.packed: list[_Packed] = like.packed if like else list(map(_pack, self.settings, layers))
+        with torch.inference_mode(False):  # states are written in place later, wherever that may be
+            self.states = [torch.zeros(2, self.depth, self.rows, n, dtype=first.x.dtype) for n in first.sizes]
+            self.initial = [[value[0].detach().clone() for value in layer.initial] for layer in layers]
+        self.call = gang.Call(cache.function(("steps",), "steps", _steps_text))
+        self.place = self.settings[0].place
+        self.side = 0
+        self.frames = [[self._stack(side, share) for share in range(len(shared.shares))] for side in (0, 1)]
+        self.entries = [[stack[0] for stack in stacks] for stacks in self.frames]
+        self.tables = [[self._table(stack) for stack in stacks] for stacks in self.frames]
+        self.addresses = [[ctypes.addressof(table) for table in tables] for tables in self.tables]
+        self.x_origin = self.place["x.origin"]
+        self.alone = len(shared.shares) == 1
+        shown = [self.states[self.cell.output][1 - side, -1] for side in (0, 1)]
+        self.shown = shown if batched else [rows[0] for rows in shown]
+
+    def beside(self, layers: Sequence[Problem], batched: bool) -> Steps:
+        """Steps of the same layers for another number of rows, or of their own for as many, with the same weights."""
+        return Steps(layers, batched, like=self)
+
+    # frames
+
+    def _stack(self, side: int, share: int) -> list[Frame]:
+        """The layers' frames of one thread's rows, for a step that reads the states on this side."""
+        return [self._frame(side, share, depth) for depth in range(self.depth)]
+
+    def _frame(self, side: int, share: int, depth: int) -> Frame:
+        setting = self.settings[depth]
+        item, output = setting.item, self.states[self.cell.output]
+        fields = {f"{name}.base": base for name, base in self.packed[depth].bases.items()}
+        fields |= {"walk.first": 0, "walk.last": 1, "reset": 0}
+        fields |= {"x.step": 0, "x.size": setting.units["input"] * item}
+        if depth > 0:
+            fields["x.origin"] = output[1 - side, depth - 1].data_ptr()
+        for state, sides, initial in zip(self.cell.states, self.states, self.initial[depth], strict=True):
+            size = sides.shape[-1] * item
+            old, new = sides[side, depth].data_ptr(), sides[1 - side, depth].data_ptr()
+            for name, start in ((f"start:{state}", old), (f"history:{state}", new), (f"next:{state}", new)):
+                fields |= {f"{name}.base": start, f"{name}.origin": start, f"{name}.size": size, f"{name}.step": 0}
+            fields |= {f"initial:{state}.base": initial.data_ptr(), f"initial:{state}.size": 0}
+        frame = (ctypes.c_int64 * len(self.place))(*setting.frames[share])
+        for name, value in fields.items():
+            frame[self.place[name]] = value
+        return frame
+
+    def _table(self, stack: list[Frame]) -> Frame:
+        """What the driver of a step reads: how many layers, then for each the time loop and its frame."""
+        walks = [setting.code.walk.address for setting in self.settings]
+        pairs = [n for walk, frame in zip(walks, stack, strict=True) for n in (walk, ctypes.addressof(frame))]
+        return (ctypes.c_int64 * (1 + len(pairs)))(self.depth, *pairs)
+
+    # steps
+
+    def step(self, x: Tensor) -> Tensor:
+        """One step on rows of x that lie one behind the other; the output, a tensor of its own."""
+        side = self.side
+        try:
+            start = x.data_ptr()
+        except RuntimeError as error:
+            raise ThroughtimeError(
+                "x_t has no memory of its own (a torch.func transform or a tracer is at work); step a stream outside it"
+            ) from error
+        for frame in self.entries[side]:
+            frame[self.x_origin] = start
+        if self.alone:
+            self.call.function(self.addresses[side][0])
+        else:
+            self._together(self.addresses[side])
+        self.side = 1 - side
+        return self.shown[side].clone()
+
+    def step_with(self, x: Tensor, outside: Sequence[Tensor], reset: Tensor | None) -> Tensor:
+        """A step with outside inputs, [B, 1 or H] each, and rows [B] that return to their initial states before it."""
+        frames = [frame for stack in self.frames[self.side] for frame in stack]
+        wide = [v.expand(self.rows, n).contiguous() for v, n in zip(outside, self.outside_units, strict=True)]
+        fields = {"reset": 0 if reset is None else reset.data_ptr()}
+        for name, value in zip(self.cell.outside, wide, strict=True):
+            size = value.shape[1] * value.element_size()
+            fields |= {f"outside:{name}.origin": value.data_ptr(), f"outside:{name}.step": 0}
+            fields[f"outside:{name}.size"] = size
+        for frame in frames:
+            for field, number in fields.items():
+                frame[self.place[field]] = number
+        try:
+            return self.step(x)
+        finally:
+            for frame in frames:
+                frame[self.place["reset"]] = 0
+
+    def _together(self, addresses: list[int]) -> None:
+        """Each share of the rows through all layers, on as many threads as torch uses now."""
+        with gang.gathered(min(torch.get_num_threads(), len(addresses))) as crew:
+            threads = 1 + crew.helpers if crew else 1
+            for first in range(0, len(addresses), threads):
+                taken = addresses[first : first + threads]
+                if crew and len(taken) > 1:
+                    crew.run(self.call, taken)
+                else:
+                    self.call.function(taken[0])
+
+    # states
+
+    def read(self) -> tuple[Tensor, ...]:
+        """The states, [layers, B, width] each, copied."""
+        return tuple(sides[self.side].clone() for sides in self.states)
+
+    def write(self, states: Sequence[Tensor]) -> None:
+        """Take over states of these shapes and this dtype."""
+        for sides, state in zip(self.states, states, strict=True):
+            sides[self.side].copy_(state)
+
+
+class _Packed:
+    """Where the packed weights of one layer begin, by the name of the buffer, and what owns their memory."""
+
+    def __init__(self, setting: ForwardSetting) -> None:
+        self.arena = setting.arena
+        self.bases = {name: setting.values[f"{name}.base"] for name in _panels(setting.code)}
+
+
+def _panels(code: Compiled) -> list[str]:
+    """The buffers that hold weights and biases as the kernels read them."""
+    names = [kernels.panel_name(stage, group) for stage in code.stages for group in stage.groups]
+    names += [f"vectors:{width}" for width in code.plan.vectors]
+    names += [f"drive_bias:{stage.width}" for stage in code.stages if stage.name.startswith("drive")]
+    return list(dict.fromkeys(names))
+
+
+def _pack(setting: ForwardSetting, layer: Problem) -> _Packed:
+    """Pack a layer's weights into the setting's memory."""
+    setting.open(layer, None)
+    setting.drop()
+    return _Packed(setting)
+
+
+def _sharing(layers: Sequence[Problem]) -> Sharing:
+    """How threads share the rows. Units are not shared: meeting once a stage costs more than it gives in one step."""
+    rows, threads = layers[0].rows, torch.get_num_threads()
+    work = sum(rows * p.numel() for layer in layers for p in layer.parameters if p.dim() == 2)
+    if threads == 1 or rows < 16 or work < sharing.ALONE:
+        return Sharing((Share(0, 1, rows),))
+    return by_rows(min(threads, rows // 8), rows, ragged=False)
+
+
+def _steps_text() -> str:
+    """`steps(table)`: the time loop of each layer in turn, on its frame."""
+    code = Code("steps", ["table"], 4)
+    with code.loop(code.load_integer(code["table"])) as layer:
+        pair = code["table"] + 8 + layer * 16
+        code.call(code.load_integer(pair), [code.load_integer(pair, 8)])
+    return code.text()
