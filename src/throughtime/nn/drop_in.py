@@ -20,6 +20,7 @@ from throughtime.engine import recurrence
 from throughtime.equations import catalogue, expr
 from throughtime.equations.cell import NAMESPACES, Cell
 from throughtime.errors import ThroughtimeError
+from throughtime.nn.dropout import Masks
 from throughtime.nn.layout import Lengths, State
 from throughtime.nn.recurrent import Call, Layer, Run
 
@@ -39,12 +40,14 @@ class _DropIn(Layer, torch.nn.RNNBase):
         *,
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
+        masks: Masks | None = None,
     ) -> tuple[Any, Any]:
-        """As torch's forward; `lengths=` and `reset=` as in `Recurrent.forward`.
+        """As torch's forward; `lengths=`, `reset=` and `masks=` as in `Recurrent.forward`.
 
-        Raises what torch raises, and ShapeError for lengths or resets that do not fit.
+        Raises what torch raises, and ShapeError for lengths, resets or masks that do not fit.
         """
-        return self._forward(Call(input, hx, lengths, reset), partial(recurrence.run, target=self.target))
+        call = Call(input, hx, lengths, reset, masks=masks)
+        return self._forward(call, partial(recurrence.run, target=self.target))
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         x, h_0 = call.x, call.h_0
@@ -101,15 +104,15 @@ class _DropIn(Layer, torch.nn.RNNBase):
 
 
 class RNN(_DropIn, torch.nn.RNN):
-    """torch.nn.RNN, computed by throughtime; also takes `lengths=` and `reset=` (see `Recurrent.forward`)."""
+    """torch.nn.RNN, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
 
 
 class LSTM(_DropIn, torch.nn.LSTM):
-    """torch.nn.LSTM, computed by throughtime; also takes `lengths=` and `reset=` (see `Recurrent.forward`)."""
+    """torch.nn.LSTM, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
 
 
 class GRU(_DropIn, torch.nn.GRU):
-    """torch.nn.GRU, computed by throughtime; also takes `lengths=` and `reset=` (see `Recurrent.forward`)."""
+    """torch.nn.GRU, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
 
 
 Model = TypeVar("Model", bound=torch.nn.Module)

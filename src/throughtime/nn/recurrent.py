@@ -9,11 +9,10 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.nn.utils.rnn import PackedSequence
 
 from throughtime.engine import operator as _operator  # noqa: F401 - registers what compiled programs call
@@ -21,7 +20,9 @@ from throughtime.engine import recurrence
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
+from throughtime.nn.dropout import Masks, drop, keys
 from throughtime.nn.layout import Layout, Lengths, State, arrange, read_reset, reset_backwards, shape_text
+from throughtime.nn.stream import Stream
 
 Run = Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]]
 
@@ -34,6 +35,7 @@ class Call(NamedTuple):
     lengths: Lengths | None = None
     reset: Tensor | None = None
     outside: Mapping[str, Tensor] | None = None
+    masks: Masks | None = None
 
 
 class Layer(torch.nn.Module):
@@ -48,11 +50,39 @@ class Layer(torch.nn.Module):
     dropout: float
     target: str | None = None
     """The target of the engine that runs the layer; None lets the engine pick (see `throughtime.explain`)."""
+    _segments: int | Literal["auto"] | None = None
 
     @property
     def cell(self) -> Cell:
         """The equations of a step."""
         raise NotImplementedError
+
+    @property
+    def segments(self) -> int | Literal["auto"] | None:
+        """How much of a training run is kept for its backward run; it changes memory and time, and no bit.
+
+        None keeps every step. With a number only the states at every so many steps are kept, and what lies between is
+        computed again for the backward run: exact back-propagation through time, unlike truncation. "auto" takes about
+        the square root of the number of steps. A number is rounded up to whole blocks of the engine's, with a warning.
+        Set it at any time; ShapeError for anything else.
+        """
+        return self._segments
+
+    @segments.setter
+    def segments(self, value: int | Literal["auto"] | None) -> None:
+        whole = isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if not (value is None or value == "auto" or whole):
+            raise ShapeError(f'segments is {value!r}; it must be a number of steps from 1, "auto", or None')
+        self._segments = value
+
+    def stream(self, batch_size: int | None = None, *, h_0: State | None = None) -> Stream:
+        """The layer one step at a time: a `Stream` of `batch_size` rows (None: one, without a batch dimension).
+
+        It begins in h_0, shaped as for `forward`, or where sequences begin without one. Its weights are a copy of the
+        layer's, taken now. Raises ThroughtimeError for a layer that has no step to stream: one that is bidirectional,
+        or in training with dropout.
+        """
+        return Stream(self, batch_size, h_0=h_0)
 
     def _parameters_of(self, depth: int, suffix: str) -> tuple[Tensor, ...]:
         """The parameter tensors of one direction of one layer, in the order of `cell.parameters`."""
@@ -72,16 +102,18 @@ class Layer(torch.nn.Module):
         mask = None if call.reset is None else read_reset(call.reset, layout, steps.device)
         around = _outside_in(self.cell, call.outside or {}, layout, steps, self.hidden_size)
         given = None if call.h_0 is None else layout.states_in(call.h_0)
+        drops = self.training and self.dropout > 0 and self.num_layers > 1
+        key = keys(call.masks, layout, steps.device) if drops else None
         kind = steps.device.type
         if not torch.is_autocast_enabled(kind):
-            output, states = self._walk(steps, given, layout.lengths, mask, around, run)
+            output, states = self._walk(steps, given, layout.lengths, mask, around, key, run)
         else:
             # Autocast would round some products of a step and not others; the layer computes in its own dtype.
             dtype = next(self.parameters(), steps).dtype
             given = None if given is None else tuple(state.to(dtype) for state in given)
             around = tuple(value.to(dtype) for value in around)
             with torch.autocast(kind, enabled=False):
-                output, states = self._walk(steps.to(dtype), given, layout.lengths, mask, around, run)
+                output, states = self._walk(steps.to(dtype), given, layout.lengths, mask, around, key, run)
         return layout.outputs_out(output), layout.states_out(states)
 
     def _walk(
@@ -91,13 +123,17 @@ class Layer(torch.nn.Module):
         lengths: tuple[int, ...] | None,
         reset: Tensor | None,
         outside: tuple[Tensor, ...],
+        key: Tensor | None,
         run: Run,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Through layers and directions: x [T, B, I] to [T, B, D * width] and, per state, [layers * D, B, width]."""
+        """Through layers and directions: x [T, B, I] to [T, B, D * width] and, per state, [layers * D, B, width].
+
+        `key` [T, B] decides the dropout masks; None for no dropout.
+        """
         finals: list[tuple[Tensor, ...]] = []
         for depth in range(self.num_layers):
-            if depth > 0:
-                x = functional.dropout(x, self.dropout, self.training)
+            if depth > 0 and key is not None:
+                x = drop(x, self.dropout, key, depth)
             outputs = []
             for reverse in (False, True) if self.bidirectional else (False,):
                 suffix = "_reverse" if reverse else ""
@@ -113,6 +149,7 @@ class Layer(torch.nn.Module):
                     lengths=lengths,
                     reset=reset_backwards(reset, lengths) if reverse and reset is not None else reset,
                     reverse=reverse,
+                    segments=self._segments,
                 )
                 output, states = run(problem)
                 outputs.append(output)
@@ -129,9 +166,9 @@ class Recurrent(Layer):
     `_reverse` for the backward direction, uniform in +-1/sqrt(hidden_size) and in torch's order: for one seed
     `Recurrent(GRU, ...)` and `torch.nn.GRU(...)` begin alike. `proj_size` is the width of a projected state.
     `learn_initial=True` adds `initial_<state>_l0` [width], zeros at first: where sequences begin without h_0, and where
-    every reset returns. `dropout` acts on the outputs of every layer but the last, in training. `target` names the
-    engine's target to run on; None lets the engine pick (`throughtime.explain` tells). Under autocast it computes in
-    its parameters' own dtype.
+    every reset returns. `dropout` acts on the outputs of every layer but the last, in training. `segments` bounds the
+    memory of training over many steps (see the property). `target` names the engine's target to run on; None lets the
+    engine pick (`throughtime.explain` tells). Under autocast it computes in its parameters' own dtype.
 
     Raises ThroughtimeError for sizes that make no layer.
     """
@@ -148,6 +185,7 @@ class Recurrent(Layer):
         dropout: float = 0.0,
         proj_size: int = 0,
         learn_initial: bool = False,
+        segments: int | Literal["auto"] | None = None,
         target: str | None = None,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -163,6 +201,7 @@ class Recurrent(Layer):
         self.batch_first = batch_first
         self.dropout = float(dropout)
         self.learn_initial = learn_initial
+        self.segments = segments
         self.target = target
         width = cell.sizes(hidden_size, proj_size)[cell.output] * self._directions
         for depth in range(num_layers):
@@ -222,6 +261,7 @@ class Recurrent(Layer):
         lengths: Lengths | None = None,
         reset: Tensor | None = None,
         outside: Mapping[str, Tensor] | None = None,
+        masks: Masks | None = None,
     ) -> tuple[Tensor | PackedSequence, State]:
         """Run over x and return (output, h_n).
 
@@ -236,10 +276,12 @@ class Recurrent(Layer):
         A run with resets is the run of each episode alone; backwards, an episode begins at its last step.
         outside: the cell's outside inputs by name: per step [T, B, 1 or H] (in the layout of x, padded where x is
         packed), per sequence [B, 1 or H]; every layer and direction sees them.
+        masks: which dropout masks to use; without it, those of a seed drawn from torch's generator.
 
         Raises ShapeError for what does not fit.
         """
-        return self._forward(Call(x, h_0, lengths, reset, outside), partial(recurrence.run, target=self.target))
+        call = Call(x, h_0, lengths, reset, outside, masks)
+        return self._forward(call, partial(recurrence.run, target=self.target))
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         self._check_input(call.x)
@@ -305,6 +347,7 @@ class Recurrent(Layer):
             "dropout": 0.0,
             "proj_size": 0,
             "learn_initial": False,
+            "segments": None,
             "target": None,
         }
         said += [f"{name}={getattr(self, name)!r}" for name, value in defaults.items() if getattr(self, name) != value]
