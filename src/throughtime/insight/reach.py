@@ -22,6 +22,7 @@ from throughtime.insight.rehearsal import (
     Place,
     Progress,
     Rehearsal,
+    first_to_last,
     gradients,
     in_step_order,
     lengths_of,
@@ -67,9 +68,17 @@ def _ends(record: Record) -> Tensor:
     return torch.zeros_like(lengths) if record.reverse else lengths - 1
 
 
+def norms_from_ends(record: Record, gradients: Tensor) -> NDArray[np.float64]:
+    """The norms of vectors [T, B, width], one for each step and row, by lag from each row's end: [T, B], NaN beyond."""
+    return _by_lag(record, _norms(gradients), _ends(record))
+
+
 def _by_lag(record: Record, norms: Tensor, times: Tensor) -> NDArray[np.float64]:
-    """Norms by step and row, [T, B], as norms by lag before each row's time, [T, B]: NaN before a row's first step."""
-    norms, lengths = norms.cpu(), lengths_of(record)
+    """Norms by step and row, [T, B], as norms by lag before each row's time, [T, B]: NaN before a row's first step.
+
+    A norm that is NaN itself becomes infinite, so that it is not taken for a lag that is not there.
+    """
+    norms, lengths = norms.cpu().nan_to_num(math.inf, math.inf), lengths_of(record)
     lags = torch.arange(len(norms)).unsqueeze(1)  # [T, 1]
     steps = times + lags if record.reverse else times - lags
     there = (times >= 0) & (steps >= 0) & (steps < lengths)
@@ -141,9 +150,9 @@ class Reach:
 
     def lost_at(self, threshold: float) -> int | None:
         """The first lag from which on the share is under the threshold; None where it never is to the end."""
-        above = [lag for lag in range(len(self.share)) if not self.at(lag) < threshold]
+        above = [lag for lag in range(self.longest + 1) if not self.at(lag) < threshold]
         first = above[-1] + 1 if above else 0
-        return first if first < len(self.share) else None
+        return first if first <= self.longest else None
 
     @property
     def hardly_changes(self) -> bool:
@@ -294,7 +303,8 @@ def reach(
     The model runs on a copy and in `dtype`, for float32 loses what fades below 1e-38; it stays in training or
     evaluation mode. `on_progress(done, all)` is called after each pass back.
 
-    Raises ThroughtimeError for a model without a recurrent layer, a batch too large, or a loss of another shape.
+    Raises ThroughtimeError for a model without a recurrent layer, a batch too large, a loss of another shape, or
+    gradients that are not finite.
     """
     for name, number in {"times": times, "probes": probes}.items():
         if number < 1:
@@ -308,13 +318,19 @@ def reach(
     else:
         backward, at_end = _of_ends(run.records, losses, passes)
     inputs = _of_inputs(run.records, times, probes, seed, passes)
+    for place, *norms in zip(run.places, backward, inputs, strict=True):
+        if any(np.isinf(found).any() for found in norms):
+            raise ThroughtimeError(
+                f"{place}: a gradient is not finite, so how far it reaches cannot be told; first_failure(model, batch, "
+                "loss) says where that begins"
+            )
     return [
         LayerReach(
             place=place,
             cell=record.cell.name,
             gradient=Reach.of(gradient),
             inputs=Reach.of(influence),
-            needs=_first_to_last(record) if needs is None and not per_step else needs,
+            needs=first_to_last(record) if needs is None and not per_step else needs,
             threshold=threshold,
             measured=_said(record, per_step, times, probes),
             read_at_end=read,
@@ -429,11 +445,6 @@ def _spread(lengths: Tensor, number: int, times: int) -> Tensor:
     if number > 0:
         at = torch.where(at == last * (number - 1) // (times - 1), -1, at)
     return torch.where(lengths > 0, at, -1)
-
-
-def _first_to_last(record: Record) -> int:
-    """The lag from the first step to the last, in the row of median length."""
-    return max(0, int(lengths_of(record).median()) - 1)
 
 
 def _said(record: Record, per_step: bool, times: int, probes: int) -> str:

@@ -158,6 +158,11 @@ def lengths_of(record: Record) -> Tensor:
     return torch.full((problem.rows,), problem.steps) if given is None else torch.tensor(given, dtype=torch.int64)
 
 
+def first_to_last(record: Record) -> int:
+    """The lag from the first step to the last, in the row of median length."""
+    return max(0, int(lengths_of(record).median()) - 1)
+
+
 def in_step_order(record: Record, computed: Sequence[Any]) -> list[Any]:
     """What was computed step by step, from the layer's first step to its last."""
     return list(reversed(computed)) if record.reverse else list(computed)
