@@ -18,7 +18,7 @@ from throughtime.equations.latex import written
 from throughtime.errors import CellError
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cells.md"]
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cells.md", "docs/tasks.md"]
 COMMANDS: Any = typer.main.get_command(app)
 
 
@@ -67,7 +67,7 @@ def commands_in(name: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("throughtime ")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cells.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cells.md", "docs/tasks.md"])
 def test_what_is_typed_in_a_document_can_be_typed(name: str):
     assert commands_in(name)
     for command, *arguments in commands_in(name):

@@ -110,10 +110,21 @@ def test_heavy_modules_wait_until_they_are_needed(trees: dict[Path, ast.Module])
     early = []
     for path, tree in trees.items():
         allowed = {"numba", "llvmlite", "triton"} if path.parent == ROOT / "engine/targets" else set()
+        if path == ROOT / "tasks/estimators.py":
+            allowed = {"sklearn"}  # its classes inherit from scikit-learn's; nothing of the library imports it
         for module, line in imports(tree, at_load=True):
             if module.split(".")[0] in HEAVY - allowed:
                 early.append(f"{path.relative_to(ROOT)}:{line} imports {module} as it is loaded")
     assert not early
+
+
+def test_nothing_but_its_user_imports_the_estimators(trees: dict[Path, ast.Module]):
+    """They alone load scikit-learn as they are loaded."""
+    assert not [
+        path
+        for path, tree in trees.items()
+        if any(module.startswith("throughtime.tasks.estimators") for module, _ in imports(tree))
+    ]
 
 
 def test_nothing_loads_what_could_execute(trees: dict[Path, ast.Module]):

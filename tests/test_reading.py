@@ -117,7 +117,6 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
         HEADER + "1,2024-01-01,u,1,2\n2,soon,v,3,2\n",
         "line 3, column 't': 'soon' is not a date",
     ),
-    "one class": (HEADER + "1,0,u,1,2\n2,0,u,3,2\n", "column 'y': only one class, 'u'"),
     "a step twice": (
         HEADER + "1,0,u,1,2\n2,0,v,1,2\n1,0,u,5,2\n",
         "line 4, column 't': '0' again in sequence '1', after line 2",
@@ -139,7 +138,8 @@ REFUSED: dict[str, tuple[str | bytes, str]] = {
     "no features": ("id,t,y\n1,0,u\n2,0,v\n", "no column is left for the features"),
     "a row number without a name": (",id,t,y,a\n0,1,0,u,1\n1,2,0,v,1\n", "a column without a name"),
     "another encoding": (HEADER.encode() + "1,0,ü,1,2\n".encode("latin-1"), "line 2: not UTF-8 text"),
-    "bytes": (b"PK\x03\x04" + bytes(range(256)), "line 2: not UTF-8 text"),
+    "bytes": (b"PK\x03\x04" + bytes(range(256)), "line 1: not text"),
+    "a letter cut in half": ((HEADER + "1,0,ü").encode()[:-1], "line 2: not UTF-8 text"),
     "zeros": (GOOD.encode() + b"\0\0", "line 5: not text"),
 }
 

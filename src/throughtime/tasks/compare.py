@@ -1,16 +1,16 @@
-"""Elman against GRU against LSTM on one's own data: accuracy, size, speed and reach, in numbers."""
+"""Elman against GRU against LSTM on one's own data: score, size, speed and reach, in numbers."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from statistics import mean, median, stdev
-from typing import TYPE_CHECKING
+from statistics import fmean, median, stdev, variance
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -18,31 +18,107 @@ from torch import Tensor
 from torch.nn import functional
 
 from throughtime.equations.catalogue import CELLS
+from throughtime.equations.cell import Cell
+from throughtime.equations.lookup import find
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.reach import Reach, gradient_norms
-from throughtime.tasks.encoding import Encoded, Part
-from throughtime.tasks.training import Recipe, SequenceClassifier, build, pad, predict, train
+from throughtime.tasks.baselines import Baseline, baselines
+from throughtime.tasks.encoding import Encoded
+from throughtime.tasks.model import SequenceModel, Shape, build, predict
+from throughtime.tasks.parts import Part
+from throughtime.tasks.training import Recipe, train
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-COMPARABLE = {name: cell for name, cell in CELLS.items() if all(part.namespace != "P" for part in cell.parameters)}
-"""Cells that need a number of units and no other size."""
+
+def _projects(cell: Cell) -> bool:
+    return any(parameter.namespace == "P" for parameter in cell.parameters)
+
+
+COMPARABLE = [name for name, cell in CELLS.items() if not _projects(cell)]
+"""Cells of the catalogue that need a number of units and no other size."""
+
+CONFIDENCE = 0.95
 
 REACH_STEPS = 50_000
 """Steps of training sequences, padding included, that reach is measured on: a bound on the recording's memory."""
 
+Match = Literal["hidden", "params"]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and half the width of its 95 % confidence interval, by Student's t over `n` runs of other seeds.
+
+    `half` is NaN where there is but one run.
+    """
+
+    estimate: float
+    half: float
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """The mean of independent values."""
+        n = len(values)
+        half = _quantile(n - 1) * stdev(values) / math.sqrt(n) if n > 1 else math.nan
+        return cls(fmean(values), half, n)
+
+    @classmethod
+    def between(cls, first: Sequence[float], second: Sequence[float]) -> Interval:
+        """The mean of the first less that of the second, with degrees of freedom after Welch 1947 (Biometrika 34)."""
+        n = min(len(first), len(second))
+        estimate = fmean(first) - fmean(second)
+        if n < 2:
+            return cls(estimate, math.nan, n)
+        errors = [variance(values) / len(values) for values in (first, second)]
+        if sum(errors) == 0:
+            return cls(estimate, 0.0, n)
+        parts = (error**2 / (len(values) - 1) for error, values in zip(errors, (first, second), strict=True))
+        return cls(estimate, _quantile(sum(errors) ** 2 / sum(parts)) * math.sqrt(sum(errors)), n)
+
+    @property
+    def low(self) -> float:
+        """The lower end."""
+        return self.estimate - self.half
+
+    @property
+    def high(self) -> float:
+        """The upper end."""
+        return self.estimate + self.half
+
+    def excludes(self, value: float) -> bool:
+        """Whether the value lies outside; never so for a single run."""
+        return not self.low <= value <= self.high and not math.isnan(self.half)
+
+
+def _quantile(degrees: float) -> float:
+    """Student's t for a two-sided interval."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees, (1 + CONFIDENCE) / 2))
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One cell trained once: its curves by epoch, what it says of the test part, and its gradients by lag and row."""
+    """One cell trained once: loss and seconds by epoch, what it says of the test part, its gradients by lag and row.
+
+    `score` is the share of test sequences (classify) or of their steps (tag) that it gets right, after the last epoch.
+    """
 
     losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
     seconds: tuple[float, ...]
+    updates: int
+    score: float
     predictions: Tensor
     norms_before: NDArray[np.float64]
     norms_after: NDArray[np.float64]
+
+    @property
+    def seconds_per_epoch(self) -> float:
+        """Median of all epochs but the first, where memory is claimed and kernels are made ready; NaN for one epoch."""
+        return median(self.seconds[1:]) if len(self.seconds) > 1 else math.nan
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,23 +126,19 @@ class CellResult:
     """One cell, trained once for each seed."""
 
     name: str
+    hidden_size: int
     parameters: int
     runs: tuple[Run, ...]
 
     @property
-    def accuracies(self) -> tuple[float, ...]:
-        """Test accuracy after the last epoch, by seed."""
-        return tuple(run.accuracies[-1] for run in self.runs)
+    def scores(self) -> tuple[float, ...]:
+        """Test score after the last epoch, by seed."""
+        return tuple(run.score for run in self.runs)
 
     @property
-    def accuracy(self) -> float:
-        """Mean test accuracy over the seeds."""
-        return mean(self.accuracies)
-
-    @property
-    def spread(self) -> float:
-        """Standard deviation of the test accuracy over the seeds; NaN for a single seed."""
-        return stdev(self.accuracies) if len(self.runs) > 1 else math.nan
+    def score(self) -> Interval:
+        """Mean test score over the seeds."""
+        return Interval.of(self.scores)
 
     @property
     def losses(self) -> NDArray[np.float64]:
@@ -84,8 +156,8 @@ class CellResult:
 
     @property
     def seconds_per_epoch(self) -> float:
-        """Median over all epochs but the first of each run, in which memory is claimed and kernels are made ready."""
-        return median(seconds for run in self.runs for seconds in run.seconds[1:] or run.seconds)
+        """Median over the seeds; NaN where each run has but one epoch."""
+        return median(run.seconds_per_epoch for run in self.runs)
 
     @cached_property
     def reach_before(self) -> Reach:
@@ -100,12 +172,14 @@ class CellResult:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """Cells side by side on one data set."""
+    """Cells side by side on one data set; `match` says what was made equal, units or parameters."""
 
-    task: Encoded
+    data: Encoded
     hidden_size: int
+    match: Match
     recipe: Recipe
     cells: tuple[CellResult, ...]
+    baselines: tuple[Baseline, ...]
     threads: int = 1
 
     @property
@@ -114,9 +188,14 @@ class Comparison:
         return len(self.cells[0].runs)
 
     @property
+    def updates(self) -> int:
+        """How many steps of the optimiser each training took."""
+        return self.cells[0].runs[0].updates
+
+    @property
     def best(self) -> CellResult:
-        """The cell with the highest mean test accuracy."""
-        return max(self.cells, key=lambda cell: cell.accuracy)
+        """The cell with the highest mean test score."""
+        return max(self.cells, key=lambda cell: cell.score.estimate)
 
     @property
     def slowest(self) -> CellResult:
@@ -125,44 +204,66 @@ class Comparison:
 
     @property
     def level(self) -> tuple[CellResult, ...]:
-        """The cells that the best one does not beat by more than two standard errors over the seeds."""
-        return tuple(cell for cell in self.cells if not self._beaten(cell))
+        """The best cell, those whose difference to it has an interval that holds zero, and any that are as good.
 
-    def _beaten(self, cell: CellResult) -> bool:
-        lead = self.best.accuracy - cell.accuracy
-        return self.seeds > 1 and lead > 2 * math.sqrt((self.best.spread**2 + cell.spread**2) / self.seeds)
+        With few seeds a worse cell of a wide interval can be level, and then so is a better one of a narrow interval.
+        """
+        scores = {cell: cell.score.estimate for cell in self.cells}
+        equals = [cell for cell in self.cells if not Interval.between(self.best.scores, cell.scores).excludes(0)]
+        return tuple(cell for cell in self.cells if scores[cell] >= min(scores[equal] for equal in equals))
 
     @property
-    def baseline(self) -> tuple[str, float]:
-        """The commonest class of the test part and its share: no constant answer can do better."""
-        commonest, count = Counter(self.task.test.classes.tolist()).most_common(1)[0]
-        return self.task.vocabulary[commonest], count / len(self.task.test)
+    def constant(self) -> Baseline:
+        """The commonest class as the answer to everything."""
+        return self.baselines[0]
+
+    @property
+    def baseline(self) -> Baseline:
+        """The best of the baselines."""
+        return max(self.baselines, key=lambda baseline: baseline.score)
+
+    @property
+    def counted(self) -> int:
+        """What the score counts in the test part: its sequences (classify) or their steps (tag)."""
+        return len(flat(self.data.test.targets))
 
     @property
     def learnt(self) -> bool:
-        """Whether the best cell beats the best constant answer by two standard errors of a test part of this size."""
-        _, share = self.baseline
-        return self.best.accuracy - share > 2 * math.sqrt(share * (1 - share) / len(self.task.test))
+        """Whether the best cell clearly beats a constant answer."""
+        return self.beats(self.constant)
+
+    def beats(self, baseline: Baseline) -> bool:
+        """Whether the best cell is better by two standard errors of such a score in a test part of this size.
+
+        That is, were all its answers independent: those at the steps of one sequence hardly are.
+        """
+        share = baseline.score
+        return self.best.score.estimate - share > 2 * math.sqrt(share * (1 - share) / self.counted)
 
     @property
     def lags(self) -> tuple[int, int]:
         """Steps from the end of a training sequence back to its first: of the median one and of the longest."""
-        lengths = self.task.train.lengths
+        lengths = self.data.train.lengths
         return int(lengths.median()) - 1, int(lengths.max()) - 1
 
+    def cell(self, name: str) -> CellResult | None:
+        """The result of the cell of this name, if it was compared."""
+        return next((cell for cell in self.cells if cell.name == name), None)
+
     def confusion(self, cell: CellResult) -> NDArray[np.int64]:
-        """Test sequences by true class and said class, summed over the seeds: [classes, classes]."""
-        counts = np.zeros((len(self.task.vocabulary),) * 2, dtype=np.int64)
+        """Test sequences (tag: steps) by true class and said class, summed over the seeds: [classes, classes]."""
+        counts = np.zeros((len(self.data.vocabulary),) * 2, dtype=np.int64)
         for run in cell.runs:
-            np.add.at(counts, (self.task.test.classes.numpy(), run.predictions.numpy()), 1)
+            np.add.at(counts, (flat(self.data.test.targets).numpy(), run.predictions.numpy()), 1)
         return counts
 
 
 def compare(
-    task: Encoded,
+    data: Encoded,
     *,
     cells: Sequence[str] = ("elman", "gru", "lstm"),
     hidden_size: int = 100,
+    match: Match = "hidden",
     recipe: Recipe | None = None,
     seeds: int = 3,
     threads: int = 1,
@@ -170,24 +271,79 @@ def compare(
 ) -> Comparison:
     """Train every cell with the seeds 0, 1, ... and measure it; nothing is chosen by looking at the test part.
 
-    `cells` are names of the catalogue; `on_epoch(cell, seed)` is called after each epoch. Small networks gain little
-    from a second thread, and lose much where other work wants the same cores: hence one, unless `threads` says more.
+    All get the same recipe and all of its epochs (`recipe.patience` is left out: it would stop some cells before
+    others), and with a seed the same batches in the same order. `match="hidden"` gives each cell `hidden_size` units;
+    `match="params"` gives those to the cell that has the most parameters with them, and the others the units with which
+    their parameters come closest to its. `cells` are names of the catalogue, or `module:name` for cells of one's own.
+    `on_epoch(cell, seed)` is called after each epoch. Small networks gain little from a second thread, and lose much
+    where other work wants the same cores: hence one, unless `threads` says more.
+
+    Raises `ThroughtimeError` for a cell that is not known, and for two of one name.
     """
-    recipe = recipe or Recipe()
-    unknown = [cell for cell in cells if cell not in COMPARABLE]
-    if unknown or not cells:
-        problem = f"no cell is called {unknown[0]!r}" if unknown else "name a cell"
-        raise ThroughtimeError(f"{problem}; the cells are {', '.join(COMPARABLE)}")
-    results = []
+    recipe = replace(recipe or Recipe(), patience=None)
+    chosen = _known(cells)
+    shapes = sizes(chosen, Shape.fitting(data.encoder, hidden_size=hidden_size), match)
+    runs: dict[str, list[Run]] = {cell.name: [] for cell in chosen}
     with _threads(threads):
-        for cell in [COMPARABLE[name] for name in dict.fromkeys(cells)]:
-            runs = []
-            for seed in range(seeds):
-                model = build(cell, task.train, hidden_size, len(task.vocabulary), seed=seed)
-                runs.append(_run(model, task, recipe, seed, on_epoch and partial(on_epoch, cell.name, seed)))
-            parameters = sum(parameter.numel() for parameter in model.parameters())
-            results.append(CellResult(cell.name, parameters, tuple(runs)))
-    return Comparison(task, hidden_size, recipe, tuple(results), threads)
+        for seed in range(seeds):  # the outer loop, so that whatever else the machine does falls on all cells
+            for cell, shape in zip(chosen, shapes, strict=True):
+                model = build(cell, shape, seed=seed)
+                runs[cell.name].append(_run(model, data, recipe, seed, on_epoch and partial(on_epoch, cell.name, seed)))
+    results = tuple(
+        CellResult(cell.name, shape.hidden_size, parameters(cell, shape), tuple(runs[cell.name]))
+        for cell, shape in zip(chosen, shapes, strict=True)
+    )
+    return Comparison(data, hidden_size, match, recipe, results, tuple(baselines(data)), threads)
+
+
+def _known(names: Sequence[str]) -> list[Cell]:
+    if not names:
+        raise ThroughtimeError(f"name a cell; the cells are {', '.join(COMPARABLE)}")
+    cells = [_find(name) for name in dict.fromkeys(names)]
+    twice = [cell.name for place, cell in enumerate(cells) if cell.name in {other.name for other in cells[:place]}]
+    if twice:
+        raise ThroughtimeError(f"two of the cells are called {twice[0]}; rename one, so that they can be told apart")
+    return cells
+
+
+def _find(name: str) -> Cell:
+    if ":" not in name and name not in COMPARABLE:
+        known = f"{', '.join(COMPARABLE)}, or module:name for a cell of your own"
+        raise ThroughtimeError(f"no cell is called {name!r}; the cells are {known}")
+    cell = find(name)
+    if _projects(cell):
+        raise ThroughtimeError(f"{name!r} projects its state, to a size that compare does not ask for; leave it out")
+    return cell
+
+
+def sizes(cells: Sequence[Cell], shape: Shape, match: Match) -> list[Shape]:
+    """The shape of each cell's model: `shape` itself, or with the units that make the parameters agree best."""
+    if match == "hidden":
+        return [shape] * len(cells)
+    if match != "params":
+        raise ThroughtimeError(f"match is {match!r}; it is 'hidden' or 'params'")
+    wanted = max(parameters(cell, shape) for cell in cells)
+    return [_closest(cell, shape, wanted) for cell in cells]
+
+
+def _closest(cell: Cell, shape: Shape, wanted: int) -> Shape:
+    """The shape, from this one's units up, whose parameters come closest to the number wanted."""
+
+    def count(hidden_size: int) -> int:
+        return parameters(cell, replace(shape, hidden_size=hidden_size))
+
+    high = shape.hidden_size
+    while count(high) < wanted:
+        high *= 2
+    reached = bisect_left(range(high), wanted, lo=shape.hidden_size, key=count)
+    near = (max(reached - 1, shape.hidden_size), reached)
+    return replace(shape, hidden_size=min(near, key=lambda hidden_size: abs(count(hidden_size) - wanted)))
+
+
+def parameters(cell: Cell, shape: Shape) -> int:
+    """How many numbers a model of this shape learns, embeddings and read-out included."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in SequenceModel(cell, shape).parameters())
 
 
 @contextmanager
@@ -200,32 +356,39 @@ def _threads(number: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _run(
-    model: SequenceClassifier, task: Encoded, recipe: Recipe, seed: int, on_epoch: Callable[[], None] | None
-) -> Run:
-    before = _reach_norms(model, task.train)
-    losses, accuracies, seconds = [], [], []
-    for epoch in train(model, task.train, recipe, seed=seed):
-        predictions = predict(model, task.test)
+def _run(model: SequenceModel, data: Encoded, recipe: Recipe, seed: int, on_epoch: Callable[[], None] | None) -> Run:
+    before = _reach_norms(model, data.train)
+    losses, seconds, updates = [], [], 0
+    for epoch in train(model, data.train, recipe, seed=seed):
         losses.append(epoch.loss)
         seconds.append(epoch.seconds)
-        accuracies.append(float((predictions == task.test.classes).float().mean()))
+        updates += epoch.updates
         if on_epoch is not None:
             on_epoch()
-    after = _reach_norms(model, task.train)
-    return Run(tuple(losses), tuple(accuracies), tuple(seconds), predictions, before, after)
+    predictions = flat(predict(model, data.test))
+    score = float((predictions == flat(data.test.targets)).double().mean())
+    return Run(tuple(losses), tuple(seconds), updates, score, predictions, before, _reach_norms(model, data.train))
 
 
-def _reach_norms(model: SequenceClassifier, part: Part) -> NDArray[np.float64]:
-    """The gradient norms [lags, rows] on training sequences: the signal that training has to work with."""
+def flat(classes: Tensor | Sequence[Tensor]) -> Tensor:
+    """One class a sequence, or the classes of all steps, sequence after sequence: one dimension."""
+    return classes if isinstance(classes, Tensor) else torch.cat(list(classes))
+
+
+def _reach_norms(model: SequenceModel, part: Part) -> NDArray[np.float64]:
+    """The gradient norms [lags, rows] of the loss at the last steps of training sequences."""
     longest = int(part.lengths.max())
     rows = min(len(part), max(1, REACH_STEPS // longest))
-    chosen = torch.linspace(0, len(part) - 1, rows).long()  # evenly, for sequences may be sorted by class
-    x, lengths = pad([part.steps[i].double() for i in chosen])
+    batch = part.batch(torch.linspace(0, len(part) - 1, rows).long()).to(
+        dtype=torch.float64
+    )  # evenly: sequences may be sorted by class
     exact = copy.deepcopy(model).double()  # in float32, the gradient of a long sequence leaves the range too soon
+    ends = batch.lengths - 1, torch.arange(rows)
+    targets = batch.targets if model.shape.task == "classify" else batch.targets[ends]
 
     def summed_loss() -> Tensor:
-        return functional.cross_entropy(exact(x, lengths), part.classes[chosen], reduction="sum")
+        logits = exact(batch)
+        return functional.cross_entropy(logits if logits.dim() == 2 else logits[ends], targets, reduction="sum")
 
     norms = gradient_norms(summed_loss)[0]
     beyond = np.full((longest - len(norms), norms.shape[1]), math.nan)

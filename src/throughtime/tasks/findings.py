@@ -5,34 +5,51 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Callable, Sequence
+from enum import Enum
 from importlib.metadata import version
 
 import numpy as np
 import torch
 
-from throughtime.insight import report
+from throughtime.insight import drawing
 from throughtime.insight.reach import Reach
-from throughtime.insight.report import Page, Picture, Table
-from throughtime.tasks.compare import CellResult, Comparison
+from throughtime.insight.report import Chapter, Page, Picture, Table
+from throughtime.tasks.compare import CellResult, Comparison, Interval
+from throughtime.tasks.encoding import Encoded
+from throughtime.tasks.training import Recipe
+
+ALMOST = 0.01
+"""How far apart scores may lie to be called almost the same: one point of a hundred, fixed before any data is seen."""
+
+
+class Verdict(Enum):
+    """What the numbers answer."""
+
+    YES = "yes"
+    NO = "no"
+    OPEN = "cannot be told"
+    NOT_ASKED = "not asked"
 
 
 def page(comparison: Comparison, command: str) -> Page:
     """The report of a comparison that `command` made."""
     return Page(
-        title=f"throughtime compare: {comparison.task.name}",
+        title=f"throughtime compare: {comparison.data.name}",
         verdict=headline(comparison),
         findings=findings(comparison),
-        table=table(comparison),
-        pictures=pictures(comparison),
+        chapters=[
+            Chapter("In numbers", table=table(comparison)),
+            Chapter("In pictures", pictures=pictures(comparison)),
+        ],
         facts=facts(comparison, command),
-        notices=comparison.task.notices,
+        notices=comparison.data.notices,
     )
 
 
 def headline(comparison: Comparison) -> str:
     """Who learns it best, in one line."""
-    level, best, name = comparison.level, comparison.best, comparison.task.name
-    right = f"{_percent(best.accuracy)} right"
+    level, best, name = comparison.level, comparison.best, comparison.data.name
+    right = f"{_percent(best.score.estimate)} right"
     if not comparison.learnt:
         return f"No cell learns {name} better than a constant answer: {best.name} comes to {right}"
     if len(comparison.cells) == 1:
@@ -41,40 +58,100 @@ def headline(comparison: Comparison) -> str:
         return f"{best.name} leads on {name}, {right}; one seed cannot tell whether that holds"
     if len(level) == 1:
         return f"{best.name} learns {name} best: {right}"
-    worst = min(cell.accuracy for cell in level)
+    worst = min(cell.score.estimate for cell in level)
     epochs = {cell: cell.epochs_to(comparison.slowest.loss) for cell in level}
     quickest = [cell.name for cell in level if epochs[cell] == min(epochs.values())]
     first = "" if len(quickest) == len(level) else f"; {_listing(quickest)} in the fewest epochs"
-    return f"{_listing([cell.name for cell in level])} learn {name} equally well, {_percent(worst)} to {right}{first}"
+    names, scores = _listing([cell.name for cell in level]), f"{_percent(worst)} to {right}{first}"
+    if all(Interval.between(best.scores, cell.scores).high <= ALMOST for cell in level):
+        return f"{names} learn {name} almost equally well: {scores}"
+    return f"{names} cannot be told apart on {name} over {comparison.seeds} seeds: {scores}"
 
 
 def findings(comparison: Comparison) -> list[str]:
-    """What lies behind the headline, a paragraph each: reach, pace and what reach explains of it, accuracy, cost."""
+    """What lies behind the headline, a paragraph each: reach, pace, baselines, cost; last, the lecture's claim."""
     several = len(comparison.cells) > 1
     pace = [_pace(comparison)] if several and comparison.learnt else []
     cost = [_cost(comparison)] if several else []
-    return [_reach(comparison), *pace, _baseline(comparison), *cost]
+    return [_reach(comparison), *pace, _baselines(comparison), *cost, claim(comparison)]
 
 
 def table(comparison: Comparison) -> Table:
-    """One row for each cell, and one for the best constant answer."""
-    label, share = comparison.baseline
+    """One row for each cell, and one for each baseline."""
     rows = [
         (
             cell.name,
+            str(cell.hidden_size),
             f"{cell.parameters:,}",
-            f"{cell.seconds_per_epoch:.3f}",
-            _accuracy(cell),
+            _seconds(cell.seconds_per_epoch),
+            _score(cell.score),
             _half_life(cell.reach_after),
         )
         for cell in comparison.cells
     ]
+    simple = [(base.name, "–", "–", "–", f"{100 * base.score:.1f}%", "–") for base in comparison.baselines]
     return Table(
-        header=("cell", "parameters", "seconds per epoch", "test accuracy", "gradient's half-life"),
-        rows=(*rows, (f"always {label!r}", "0", "–", f"{100 * share:.1f}%", "–")),
-        note="Seconds per epoch: the median, first epochs left out. Test accuracy: mean and standard deviation over"
-        f" {comparison.seeds} seeds. Half-life: steps in which the trained network's gradient halves, going back.",
+        header=("cell", "units", "parameters", "seconds per epoch", "test accuracy", "gradient's half-life"),
+        rows=(*rows, *simple),
+        note="Seconds per epoch: the median, first epochs left out. Test accuracy: share of test"
+        f" {_counted(comparison)} right, mean and 95% interval over n = {comparison.seeds} seeds (Student's t)."
+        " Half-life: steps in which the trained network's gradient halves, going back.",
+        baselines=len(simple),
     )
+
+
+def claim(comparison: Comparison) -> str:
+    """One sentence on what the lecture says of the GRU beside the LSTM, with this comparison's own numbers.
+
+    Speed and quality are answered where their 95 % intervals lie on one side, and are open where they do not.
+    """
+    gru, lstm = comparison.cell("GRU"), comparison.cell("LSTM")
+    what = f"The lecture's claim about the GRU beside the LSTM, put to {comparison.data.name},"
+    if gru is None or lstm is None:
+        return f"{what} wants both of them compared: fewer parameters, faster, almost the same quality."
+    answers = {
+        "fewer parameters": _fewer(comparison, gru, lstm),
+        "faster": _faster(gru, lstm),
+        "almost the same quality": _almost(comparison, gru, lstm),
+    }
+    verdicts = {verdict for verdict, _ in answers.values()}
+    whole = "fails" if Verdict.NO in verdicts else "stays open" if Verdict.OPEN in verdicts else "holds"
+    limited = " as far as asked" if Verdict.NOT_ASKED in verdicts else ""
+    parts = [f"{part}, {verdict.value} ({numbers})" for part, (verdict, numbers) in answers.items()]
+    return f"{what} {whole}{limited}: {'; '.join(parts)}."
+
+
+def _fewer(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
+    counts = f"{gru.parameters:,} against {lstm.parameters:,}"
+    if comparison.match == "params":
+        return Verdict.NOT_ASKED, f"{counts}, made alike by {gru.hidden_size} units against {lstm.hidden_size}"
+    return Verdict.YES if gru.parameters < lstm.parameters else Verdict.NO, counts
+
+
+def _faster(gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
+    """By the logarithm of the seconds per epoch, so that twice as long and half as long weigh the same."""
+    if math.isnan(gru.seconds_per_epoch):
+        return Verdict.OPEN, "a run's first epoch is not timed, and there was no other"
+    times = [[math.log(run.seconds_per_epoch) for run in cell.runs] for cell in (gru, lstm)]
+    lead = Interval.between(*times)
+    seconds = f"{_seconds(gru.seconds_per_epoch)} s an epoch against {_seconds(lstm.seconds_per_epoch)} s"
+    if math.isnan(lead.half):
+        return Verdict.OPEN, f"{seconds}, over one seed"
+    ratio, low, high = (math.exp(value) for value in (lead.estimate, lead.low, lead.high))
+    verdict = Verdict.OPEN if not lead.excludes(0) else Verdict.YES if ratio < 1 else Verdict.NO
+    return verdict, f"{seconds}, {ratio:.2f} times as long, 95% interval {low:.2f} to {high:.2f}"
+
+
+def _almost(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
+    lead = Interval.between(gru.scores, lstm.scores)
+    scores = f"{_percent(gru.score.estimate)} right against {_percent(lstm.score.estimate)}"
+    if math.isnan(lead.half):
+        return Verdict.OPEN, f"{scores}, over one seed"
+    points = f"{100 * lead.estimate:+.1f} points, 95% interval {100 * lead.low:+.1f} to {100 * lead.high:+.1f}"
+    said = f"{scores}, {points} over n = {lead.n} seeds each; up to {100 * ALMOST:g} point below counts as almost"
+    if not comparison.learnt:
+        return Verdict.OPEN, f"{said}, but no cell beats a constant answer here"
+    return Verdict.YES if lead.low >= -ALMOST else Verdict.NO if lead.high < -ALMOST else Verdict.OPEN, said
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
@@ -84,9 +161,11 @@ def pictures(comparison: Comparison) -> list[Picture]:
     return [
         Picture(
             "Reach: the gradient on its way back",
-            report.draw_reach(
-                {cell.name: (cell.reach_before, cell.reach_after) for cell in cells},
+            drawing.reach(
+                [drawing.Line(cell.name, cell.reach_after.share, cell.reach_before.share) for cell in cells],
                 {"median": median, "longest": longest} if longest > median else {"median": median},
+                xlabel="steps before the end of the sequence",
+                ylabel="gradient left",
             ),
             "How much of the loss's gradient is left at the state k steps before the end, as a share of that at the"
             " last step: geometric mean over training sequences and seeds. A straight line halves at a steady pace;"
@@ -96,9 +175,9 @@ def pictures(comparison: Comparison) -> list[Picture]:
         ),
         Picture(
             "How fast it is learnt",
-            report.draw_curves(
+            drawing.curves(
                 {cell.name: np.array([run.losses for run in cell.runs]) for cell in cells},
-                "training loss per sequence",
+                f"training loss per {_counted(comparison)[:-1]}",
                 log=True,
             ),
             "Cross entropy in nats, averaged over each epoch. Faint: every seed; bold: their mean.",
@@ -106,39 +185,76 @@ def pictures(comparison: Comparison) -> list[Picture]:
         ),
         Picture(
             "How well it is learnt",
-            report.draw_accuracy({cell.name: cell.accuracies for cell in cells}, comparison.baseline[1]),
-            f"Test accuracy after the last epoch: every seed a mark, their mean a bar. One of the"
-            f" {len(comparison.task.test)} test sequences is {_percent(1 / len(comparison.task.test))}.",
-            "Test accuracy by cell: " + _each(comparison, lambda cell: _percent(cell.accuracy)),
+            drawing.accuracy(
+                {cell.name: cell.scores for cell in cells},
+                comparison.baseline.score,
+                called=comparison.baseline.name,
+                counted=_counted(comparison),
+            ),
+            "Test accuracy after the last epoch: every seed a mark, their mean a bar. One of the"
+            f" {comparison.counted:,} test {_counted(comparison)} is {_percent(1 / comparison.counted)}.",
+            "Test accuracy by cell: " + _each(comparison, lambda cell: _percent(cell.score.estimate)),
         ),
         Picture(
             f"What {best.name} takes for what",
-            report.draw_confusion(comparison.confusion(best), comparison.task.vocabulary),
-            "Test sequences in per cent of their true class (row), over all seeds.",
-            f"Confusion matrix of {best.name}, which gets {_percent(best.accuracy)} right",
+            drawing.confusion(comparison.confusion(best), comparison.data.vocabulary),
+            f"Test {_counted(comparison)} in per cent of their true class (row), over all seeds.",
+            f"Confusion matrix of {best.name}, which gets {_percent(best.score.estimate)} right",
         ),
     ]
 
 
 def facts(comparison: Comparison, command: str) -> dict[str, str]:
     """How it was run: enough to run it again."""
-    task, recipe = comparison.task, comparison.recipe
-    lengths = torch.cat([task.train.lengths, task.test.lengths])
+    data, recipe = comparison.data, comparison.recipe
+    lengths = torch.cat([data.train.lengths, data.test.lengths])
     shortest, longest = int(lengths.min()), int(lengths.max())
     steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
     return {
         "command": command,
-        "data": f"{task.source}: {len(task.train)} training and {len(task.test)} test sequences of {steps} steps,"
-        f" {len(task.features)} features, {len(task.vocabulary)} classes",
-        "split": f"{task.split}; features scaled by the mean and deviation of the training part",
-        "network": f"one layer of {comparison.hidden_size} units, read out at the last step",
-        "training": f"Adam, learning rate {recipe.learning_rate:g}, {recipe.epochs} epochs, batches of"
-        f" {recipe.batch_size}" + (f", gradient norm clipped at {recipe.clip:g}" if recipe.clip else ""),
+        "data": f"{data.source}: {len(data.train)} training and {len(data.test)} test sequences of {steps} steps,"
+        f" {_inputs(data)}, {len(data.vocabulary)} classes",
+        "split": data.split + "; features scaled by the mean and deviation of the training part" * bool(data.features),
+        "networks": _networks(comparison),
+        "training": f"{_recipe(recipe)}; the same for every cell: {comparison.updates:,} updates",
         "seeds": f"0 to {comparison.seeds - 1}, for weights and order; the same test part throughout, used for"
         " nothing but these figures",
         "versions": f"throughtime {version('throughtime')}, torch {torch.__version__}, NumPy {np.__version__},"
         f" Python {platform.python_version()}; threads: {comparison.threads}",
     }
+
+
+def _inputs(data: Encoded) -> str:
+    numbers = [f"{len(data.features)} features"] if data.features else []
+    symbols = [
+        f"{len(vocabulary)} symbols in {column!r}"
+        for column, vocabulary in zip(data.encoder.symbol_columns, data.encoder.vocabularies, strict=True)
+    ]
+    return ", ".join(numbers + symbols)
+
+
+def _recipe(recipe: Recipe) -> str:
+    if recipe.clip is None:
+        clip = "no clipping"
+    elif recipe.clip == "auto":
+        clip = "gradient norms clipped at twice the 90th percentile of their own network's"
+    else:
+        clip = f"gradient norms clipped at {recipe.clip:g}"
+    decay = "no" if recipe.decay == "none" else recipe.decay
+    accumulated = f" of {recipe.accumulate} batches each" if recipe.accumulate > 1 else ""
+    return (
+        f"AdamW, learning rate {recipe.learning_rate:g} with {recipe.warmup:.0%} of warm-up and {decay} decay,"
+        f" weight decay {recipe.weight_decay:g}, {recipe.epochs} epochs, batches of {recipe.batch_size}{accumulated},"
+        f" {clip}, no early stopping"
+    )
+
+
+def _networks(comparison: Comparison) -> str:
+    read_out = "at the last step" if comparison.data.task == "classify" else "at every step"
+    if comparison.match == "hidden":
+        return f"one layer of {comparison.hidden_size} units, read out {read_out}"
+    units = _listing([f"{cell.hidden_size} ({cell.name}, {cell.parameters:,})" for cell in comparison.cells])
+    return f"one layer, read out {read_out}, its units chosen to make the parameters alike: {units}"
 
 
 def _reach(comparison: Comparison) -> str:
@@ -149,7 +265,8 @@ def _reach(comparison: Comparison) -> str:
     else:
         paces = _each(comparison, lambda cell: cell.reach_after.pace)
     shares = _each(comparison, lambda cell: _percent(_left(cell, median)))
-    needs = f"needs {median} steps and the longest {longest}" if longest > median else f"needs {median} steps"
+    verb = "needs" if comparison.data.task == "classify" else "spans"
+    needs = f"{verb} {median} steps and the longest {longest}" if longest > median else f"{verb} {median} steps"
     return (
         f"On its way back from the last step, the gradient of the trained network {paces}. The median sequence {needs}:"
         f" the median sequence's first step gets {shares} of what its last step gets."
@@ -174,25 +291,34 @@ def _pace(comparison: Comparison) -> str:
     return f"{pace} Reach goes with it: {times}.{level if len(comparison.level) == len(comparison.cells) else ''}"
 
 
-def _baseline(comparison: Comparison) -> str:
-    label, share = comparison.baseline
-    constant = f"Always answering {label!r}, the commonest class of the test part, would get {_percent(share)} right."
+def _baselines(comparison: Comparison) -> str:
+    simple = _listing([f"{base.name} gets {_percent(base.score)}" for base in comparison.baselines])
+    without = f"Without any recurrence, {simple} right."
+    if comparison.learnt and not comparison.beats(comparison.baseline):
+        without += (
+            f" On {comparison.counted:,} test {_counted(comparison)} no cell is clearly better than the best of these,"
+            " by two standard errors."
+        )
     if comparison.seeds == 1 or len(comparison.cells) == 1 or not comparison.learnt:
-        return constant
+        return without
     return (
-        f"{constant} Cells within two standard errors of the best, over {comparison.seeds} seeds, count as its equals."
+        f"{without} A cell whose difference to the best has a 95% interval that holds zero, over n ="
+        f" {comparison.seeds} seeds each (Student's t after Welch), counts as its equal; so does any that is better."
     )
 
 
 def _cost(comparison: Comparison) -> str:
     smallest = min(comparison.cells, key=lambda cell: cell.parameters)
     largest = max(comparison.cells, key=lambda cell: cell.parameters)
-    size = largest.parameters / smallest.parameters
-    pace = largest.seconds_per_epoch / smallest.seconds_per_epoch
-    return (
-        f"{largest.name} has {size:.1f} times the parameters of {smallest.name},"
-        f" and an epoch of it takes {pace:.1f} times as long."
-    )
+    size = f"{largest.name} has {largest.parameters / smallest.parameters:.1f} times the parameters of {smallest.name}"
+    if comparison.match == "params":
+        size = f"Parameters are alike, {smallest.parameters:,} to {largest.parameters:,}"
+    quickest = min(comparison.cells, key=lambda cell: cell.seconds_per_epoch)
+    longest = max(comparison.cells, key=lambda cell: cell.seconds_per_epoch)
+    if math.isnan(longest.seconds_per_epoch):
+        return f"{size}; what an epoch costs is not known, for the first of a run is not timed."
+    pace = longest.seconds_per_epoch / quickest.seconds_per_epoch
+    return f"{size}; an epoch of {longest.name} takes {pace:.1f} times as long as one of {quickest.name}."
 
 
 def _left(cell: CellResult, lag: int) -> float:
@@ -209,9 +335,17 @@ def _half_life(reach: Reach) -> str:
     return f"{reach.half_life:.1f} steps" if reach.half_life > 0 else "grows"
 
 
-def _accuracy(cell: CellResult) -> str:
-    spread = "" if math.isnan(cell.spread) else f" ± {100 * cell.spread:.1f}"
-    return f"{100 * cell.accuracy:.1f}{spread}%"
+def _score(score: Interval) -> str:
+    within = "" if math.isnan(score.half) else f" ± {100 * score.half:.1f}"
+    return f"{100 * score.estimate:.1f}{within}%"
+
+
+def _seconds(seconds: float) -> str:
+    return "–" if math.isnan(seconds) else f"{seconds:.3f}"
+
+
+def _counted(comparison: Comparison) -> str:
+    return "sequences" if comparison.data.task == "classify" else "steps"
 
 
 def _percent(share: float) -> str:

@@ -1,101 +1,492 @@
-"""One readable training loop: ragged mini-batches, Adam, cross entropy on the last step."""
+"""One readable training loop: batches of like length, AdamW, clipping, early stopping; it can go on from anywhere."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from throughtime.equations.cell import Cell
 from throughtime.errors import ThroughtimeError
-from throughtime.nn import LastStep, Recurrent
-from throughtime.tasks.encoding import Part
+from throughtime.nn.clipping import suggest_clip
+from throughtime.tasks.model import SequenceModel, bounded_batches, counted, loss_sum
+from throughtime.tasks.parts import Batch, Part
 
+JITTER = 0.2
+"""Sequences are sorted by their length times 1 plus or minus up to this much: alike in a batch, new in every epoch."""
 
-class SequenceClassifier(nn.Module):
-    """Reads a whole sequence, then says which of `classes` it is (the lecture's three sets of weights)."""
+QUANTILE, SEEN, ENOUGH = 0.9, 200, 20
+"""clip="auto" is this quantile of the last SEEN gradient norms, reckoned after every ENOUGH updates."""
 
-    def __init__(self, cell: Cell, input_size: int, hidden_size: int, classes: int) -> None:
-        super().__init__()
-        self.recurrent = Recurrent(cell, input_size, hidden_size)
-        self.readout = LastStep(hidden_size, classes)
-
-    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """Class scores (logits) [B, classes] of ragged sequences: x [T, B, features], lengths [B]."""
-        outputs, _ = self.recurrent(x, lengths=lengths)  # [T, B, hidden_size]
-        return self.readout(outputs, lengths)
+HOW = f"above {QUANTILE:.0%} of the last {SEEN} norms (reckoned after every {ENOUGH} updates)"
+"""The same in words, for those who read a run."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: `clip`, if given, bounds the norm of all gradients together. Refuses nonsense."""
+    """How to train. Raises ThroughtimeError for nonsense.
+
+    `batch_size` sequences make a batch; with `accumulate`, the gradients of so many batches make one update, divided by
+    the sequences (tag: steps) of all of them together. The optimiser is AdamW (Loshchilov and Hutter 2019), its weight
+    decay on matrices only. The learning rate rises in a straight line over the first `warmup` of the training, then
+    falls to zero, as half a cosine or in a straight line. `clip` bounds the norm of all gradients together; "auto" is
+    what `nn.clipping.suggest_clip` says of the last 200 norms, anew after every 20 updates, and clips nothing before
+    the first 20. `patience` is how many epochs may pass without a lower loss on the validation part, where there is
+    one; then, and at the end, the weights of the lowest come back. `truncate` cuts back-propagation into windows of so
+    many steps, each of which counts as a batch: the state goes on into the next window, the gradient does not go back.
+    """
 
     epochs: int = 60
     batch_size: int = 32
     learning_rate: float = 2e-3
-    clip: float | None = None
+    clip: float | Literal["auto"] | None = "auto"
+    weight_decay: float = 0.01
+    warmup: float = 0.05
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    accumulate: int = 1
+    patience: int | None = 15
+    truncate: int | None = None
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value is not None and not 0 < value < float("inf"):
+        for name in ("epochs", "batch_size", "learning_rate", "clip", "accumulate", "patience", "truncate"):
+            value = getattr(self, name)
+            if value not in (None, "auto") and not 0 < value < math.inf:
                 raise ThroughtimeError(f"the {name.replace('_', ' ')} is {value}; give a number above 0")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ThroughtimeError(f"the weight decay is {self.weight_decay}; give a number from 0")
+        if not 0 <= self.warmup < 1:
+            raise ThroughtimeError(f"the warmup is {self.warmup}; give a share of the training, from 0 and below 1")
+
+    def learning_rate_at(self, progress: float) -> float:
+        """The learning rate when this share of the training (0 to 1) is done."""
+        if progress < self.warmup:
+            return self.learning_rate * progress / self.warmup
+        left = (1 - progress) / (1 - self.warmup)
+        shares = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "none": 1.0}
+        return self.learning_rate * shares[self.decay]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the training part gave: the mean loss of its sequences, and how long it took."""
+    """What one pass over the training part gave.
+
+    `loss` is the mean over the sequences (tag: steps) as they were trained on, `seconds` the time of that alone, and
+    `steps_per_second` counts real time steps. `score` is the share of right answers on the validation part and
+    `validation_loss` its mean loss there; None without one. `norm` is the median norm of the gradients, `threshold`
+    where they are clipped by now (None: nowhere) and `clip_rate` the share of the updates that it changed.
+    """
 
     loss: float
     seconds: float
+    number: int
+    updates: int
+    learning_rate: float
+    steps_per_second: float
+    norm: float
+    threshold: float | None
+    clip_rate: float
+    score: float | None = None
+    validation_loss: float | None = None
+    best: bool = False
 
 
-def build(cell: Cell, part: Part, hidden_size: int, classes: int, *, seed: int) -> SequenceClassifier:
-    """A new classifier for sequences like those of `part`; its weights are decided by `seed` alone."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return SequenceClassifier(cell, part.steps[0].shape[1], hidden_size, classes)
+@dataclass(frozen=True)
+class Progress:
+    """Where the training is after an update: `done` of 1, and the mean loss and time steps a second of this epoch."""
+
+    epoch: int
+    epochs: int
+    done: float
+    loss: float
+    steps_per_second: float
 
 
-def train(model: SequenceClassifier, part: Part, recipe: Recipe, *, seed: int) -> Iterator[Epoch]:
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """A training between two updates: tensors, and a record of plain values that JSON can hold."""
+
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    """What one forward and backward pass sees: sequences, and of those the steps from `start` up to `stop`."""
+
+    rows: Tensor
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean loss, and share of right answers, over sequences (classify) or steps (tag); `count` of them."""
+
+    loss: float
+    score: float
+    count: int
+
+
+@dataclass
+class Tally:
+    """What an epoch has summed up so far."""
+
+    loss: float = 0.0
+    count: int = 0
+    steps: int = 0
+    clipped: int = 0
+    seconds: float = 0.0
+    learning_rate: float = 0.0
+    norms: list[float] = field(default_factory=list)
+
+
+def train(
+    model: SequenceModel,
+    part: Part,
+    recipe: Recipe,
+    *,
+    seed: int,
+    validation: Part | None = None,
+    checkpoint: Callable[[Callable[[], Snapshot]], None] | None = None,
+    resume_from: Snapshot | None = None,
+    on_update: Callable[[Progress], None] | None = None,
+) -> Iterator[Epoch]:
     """Train in place, yielding after every epoch; what the caller does in between is not timed.
 
-    The order of the sequences is decided by `seed` alone. Raises `ThroughtimeError` once the loss is not
-    finite.
+    `seed` alone decides the order of the batches and dropout, and the caller's random numbers are left alone. After
+    every update, and after every epoch once the caller has taken it, `checkpoint` is offered a function that takes a
+    `Snapshot`; a training that is given one as `resume_from` goes on from there to the same bits. With `validation` and
+    `recipe.patience` the model ends with the weights of its best epoch.
+
+    Raises ThroughtimeError where the loss or a gradient is not finite, before any weight is touched by it, and for a
+    `recipe.truncate` that the model cannot follow.
     """
-    optimiser = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
-    shuffle = torch.Generator().manual_seed(seed)
-    for number in range(1, recipe.epochs + 1):
-        model.train()
-        total, started = 0.0, time.perf_counter()
-        for batch in torch.randperm(len(part), generator=shuffle).split(recipe.batch_size):
-            x, lengths = pad([part.steps[i] for i in batch])
-            loss = functional.cross_entropy(model(x, lengths), part.classes[batch])
-            optimiser.zero_grad()
-            loss.backward()
-            if recipe.clip is not None:
-                nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
-            optimiser.step()
-            total += loss.item() * len(batch)
-        if not total < float("inf"):
-            raise ThroughtimeError(
-                f"the loss is not finite in epoch {number}; train with a lower learning rate than"
-                f" {recipe.learning_rate:g}, or clip the gradients"
-            )
-        yield Epoch(loss=total / len(part), seconds=time.perf_counter() - started)
+    training = Training(model, part, recipe, seed, validation)
+    if resume_from is not None:
+        training.restore(resume_from)
+    while not training.finished:
+        for window in training.windows():
+            training.update(window)
+            if on_update is not None:
+                on_update(training.progress)
+            if checkpoint is not None:
+                checkpoint(training.snapshot)
+        yield training.end_epoch()
+        if checkpoint is not None:
+            checkpoint(training.snapshot)
+    training.restore_best()
+
+
+def chunks(lengths: Tensor, recipe: Recipe, generator: torch.Generator) -> list[Chunk]:
+    """One epoch's batches, cut into windows if the recipe truncates: each batch's lengths alike, the batches shuffled.
+
+    `lengths` are [sequences]. All batches have the same size, give or take one sequence: a small one left over would
+    hold the longest sequences in every epoch and count each of them for more.
+    """
+    number = -(-len(lengths) // recipe.batch_size)
+    near = lengths * (1 + JITTER * (2 * torch.rand(len(lengths), generator=generator, dtype=torch.float64) - 1))
+    batches = near.argsort().tensor_split(number)
+    planned = []
+    for place in torch.randperm(number, generator=generator).tolist():
+        rows = batches[place]
+        longest = int(lengths[rows].max())
+        size = recipe.truncate or longest
+        planned += [Chunk(rows, start, min(start + size, longest)) for start in range(0, longest, size)]
+    return planned
 
 
 @torch.no_grad()
-def predict(model: SequenceClassifier, part: Part, batch_size: int = 512) -> Tensor:
-    """The most likely class of each sequence: [sequences], int64."""
+def evaluate(model: SequenceModel, part: Part, batch_size: int = 512) -> Evaluation:
+    """How well the model does on a part that it does not learn from."""
     model.eval()
-    batches = torch.arange(len(part)).split(batch_size)
-    return torch.cat([model(*pad([part.steps[i] for i in batch])).argmax(dim=1) for batch in batches])
+    loss, right, count = 0.0, 0, 0
+    for rows in bounded_batches(part.lengths, batch_size):
+        batch = part.batch(rows).to(_device_of(model))
+        logits, targets = counted(model(batch), batch)
+        loss += functional.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(-1) == targets).sum())
+        count += len(targets)
+    return Evaluation(loss / count, right / count, count)
 
 
-def pad(steps: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Sequences of [length, features] as one tensor [T, B, features], zero past each end, and their lengths [B]."""
-    return nn.utils.rnn.pad_sequence(list(steps)), torch.tensor([len(sequence) for sequence in steps])
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Compute with so many threads; afterwards with as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class Training:
+    """A training under way: everything that decides what comes next."""
+
+    def __init__(
+        self, model: SequenceModel, part: Part, recipe: Recipe, seed: int, validation: Part | None = None
+    ) -> None:
+        self.model, self.part, self.recipe, self.validation = model, part, recipe, validation
+        self.device = _device_of(model)
+        self.lengths = part.lengths
+        if recipe.truncate is not None:
+            _check_truncation(model)
+        matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() <= 1]
+        self.optimiser = torch.optim.AdamW(
+            [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+            lr=recipe.learning_rate,
+            fused=True,
+        )
+        self.epoch = 0  # of those that are complete
+        self.position = 0  # chunks of the present epoch that are done
+        self.order = torch.Generator().manual_seed(seed).get_state()  # as the present epoch began
+        self.dropout = _drawn_from(seed, self.device)
+        self.carried: tuple[Tensor, ...] | None = None
+        self.updates = 0
+        self.norms: list[float] = []
+        self.threshold = None if recipe.clip == "auto" else recipe.clip
+        self.tally = Tally()
+        self.best: dict[str, Any] | None = None
+        self.best_weights: dict[str, Tensor] = {}
+        self._planned: list[Chunk] = []
+        self._next_order = self.order
+        self._padded: tuple[Tensor, Batch] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or so many without a lower loss that patience is over."""
+        patience = self.recipe.patience
+        tired = self.best is not None and patience is not None and self.epoch - self.best["epoch"] >= patience
+        return tired or self.epoch >= self.recipe.epochs
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training is."""
+        return Progress(
+            epoch=self.epoch + 1,
+            epochs=self.recipe.epochs,
+            done=(self.epoch + self.position / len(self._planned)) / self.recipe.epochs,
+            loss=self.tally.loss / self.tally.count,
+            steps_per_second=self.tally.steps / self.tally.seconds,
+        )
+
+    def windows(self) -> Iterator[tuple[Chunk, ...]]:
+        """What is left of the present epoch: for each update, the chunks whose gradients it sums."""
+        generator = torch.Generator()
+        generator.set_state(self.order)
+        self._planned = chunks(self.lengths, self.recipe, generator)
+        self._next_order = generator.get_state()
+        size = self.recipe.accumulate
+        for start in range(self.position, len(self._planned), size):
+            yield tuple(self._planned[start : start + size])
+
+    def update(self, window: tuple[Chunk, ...]) -> None:
+        """One step of the optimiser on the mean loss over the window's chunks together."""
+        started = time.perf_counter()
+        self.model.train()
+        rate = self.recipe.learning_rate_at(self._middle_of(window))
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        self.optimiser.zero_grad()
+        # Losses are summed and divided by the count of the whole window, known before its first backward pass. Where
+        # processes share the work, they add up this count and then the gradients, and nothing else.
+        count, loss = sum(self._count(chunk) for chunk in window), 0.0
+        with self._own_random_numbers():
+            for chunk in window:
+                summed = self._summed_loss(chunk)
+                (summed / count).backward()
+                loss += summed.item()
+        if not math.isfinite(loss):
+            self._refuse(f"the loss is {loss}")
+        self._clip()
+        self.optimiser.step()
+        self.position += len(window)
+        self.tally.loss += loss
+        self.tally.count += count
+        self.tally.steps += sum(int(self._steps_of(chunk).sum()) for chunk in window)
+        self.tally.learning_rate = rate
+        self.tally.seconds += time.perf_counter() - started
+
+    def end_epoch(self) -> Epoch:
+        """Look at the validation part, keep the weights if they are the best so far, and turn to the next epoch."""
+        validated = None if self.validation is None else evaluate(self.model, self.validation)
+        self.epoch += 1
+        tally = self.tally
+        found = Epoch(
+            loss=tally.loss / tally.count,
+            seconds=tally.seconds,
+            number=self.epoch,
+            updates=len(tally.norms),
+            learning_rate=tally.learning_rate,
+            steps_per_second=tally.steps / tally.seconds,
+            norm=median(tally.norms),
+            threshold=self.threshold,
+            clip_rate=tally.clipped / len(tally.norms),
+            score=None if validated is None else validated.score,
+            validation_loss=None if validated is None else validated.loss,
+            best=validated is not None and self._keep_if_best(validated),
+        )
+        self.position, self.tally, self.order = 0, Tally(), self._next_order
+        self.carried = self._padded = None
+        return found
+
+    def restore_best(self) -> None:
+        """Give the model the weights of its best epoch, if early stopping has kept any."""
+        if self.best_weights:
+            self.model.load_state_dict(self.best_weights)
+
+    def snapshot(self) -> Snapshot:
+        """All that decides how the training goes on, as copies."""
+        tensors = {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
+        tensors |= {f"carried.{number}": state for number, state in enumerate(self.carried or ())}
+        tensors |= {"random.order": self.order} | {f"random.{name}": state for name, state in self.dropout.items()}
+        for number, state in self.optimiser.state_dict()["state"].items():
+            tensors |= {f"optimiser.{number}.{key}": value for key, value in state.items()}
+        return Snapshot(
+            {name: tensor.detach().clone() for name, tensor in tensors.items()},
+            {
+                "epoch": self.epoch,
+                "position": self.position,
+                "tally": dataclasses.asdict(self.tally),
+                "updates": self.updates,
+                "norms": list(self.norms),
+                "threshold": self.threshold,
+                "best": self.best,
+            },
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on from where a snapshot was taken. Raises ThroughtimeError for one of another model or recipe."""
+        tensors, record = snapshot.tensors, snapshot.record
+        try:
+            self.model.load_state_dict(_under("weights.", tensors))
+            groups = self.optimiser.state_dict()["param_groups"]
+            state: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under("optimiser.", tensors).items():
+                number, _, key = name.partition(".")
+                state.setdefault(int(number), {})[key] = value
+            self.optimiser.load_state_dict({"state": state, "param_groups": groups})
+            self.order = tensors["random.order"]
+            self.dropout = {name: tensors[f"random.{name}"] for name in self.dropout}
+            self.best_weights = _under("best.", tensors)
+            self.carried = tuple(state.to(self.device) for state in _under("carried.", tensors).values()) or None
+            self.epoch, self.position, self.updates = record["epoch"], record["position"], record["updates"]
+            self.norms, self.threshold = list(record["norms"]), record["threshold"]
+            self.tally, self.best = Tally(**record["tally"]), record["best"]
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise ThroughtimeError(
+                f"the checkpoint is not one of this model and recipe ({type(error).__name__}: {reason}); train anew"
+            ) from error
+
+    def _middle_of(self, window: tuple[Chunk, ...]) -> float:
+        """The share of the training that is done half-way through the window: neither the first update nor the last
+        has a learning rate of zero."""
+        return (self.epoch + (self.position + len(window) / 2) / len(self._planned)) / self.recipe.epochs
+
+    def _steps_of(self, chunk: Chunk) -> Tensor:
+        return (self.lengths[chunk.rows] - chunk.start).clamp(0, chunk.stop - chunk.start)
+
+    def _count(self, chunk: Chunk) -> int:
+        """What the chunk's loss is a sum over: its sequences, or its real steps."""
+        return int(self._steps_of(chunk).sum()) if self.model.shape.task == "tag" else len(chunk.rows)
+
+    def _summed_loss(self, chunk: Chunk) -> Tensor:
+        if self._padded is None or self._padded[0] is not chunk.rows:
+            self._padded = chunk.rows, self.part.batch(chunk.rows).to(self.device)
+        batch = self._padded[1]
+        if self.recipe.truncate is None:
+            return loss_sum(self.model, batch)[0]
+        inside = _window(batch, chunk)
+        logits, states = self.model.run(inside, self.carried if chunk.start else None)
+        self.carried = tuple(state.detach() for state in states)
+        return functional.cross_entropy(*counted(logits, inside), reduction="sum")
+
+    def _clip(self) -> None:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm = total.item()
+        if not math.isfinite(norm):
+            self._refuse(f"the norm of the gradients is {norm}")
+        if self.threshold is not None and norm > self.threshold:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.threshold, total)
+            self.tally.clipped += 1
+        self.tally.norms.append(norm)
+        self.updates += 1
+        if self.recipe.clip == "auto":
+            self.norms = [*self.norms[1 - SEEN :], norm]
+            if self.updates % ENOUGH == 0 and any(self.norms):
+                self.threshold = suggest_clip((seen for seen in self.norms if seen > 0), QUANTILE)
+
+    def _refuse(self, problem: str) -> None:
+        clip = "" if self.recipe.clip else ", or clip the gradients"
+        raise ThroughtimeError(
+            f"{problem}, not finite in epoch {self.epoch + 1}, update {len(self.tally.norms) + 1}; train with a lower"
+            f" learning rate than {self.recipe.learning_rate:g}{clip}"
+        )
+
+    def _keep_if_best(self, found: Evaluation) -> bool:
+        """Whether this epoch's weights beat all before: by loss, which says more of few sequences than the score."""
+        lowest = math.inf if self.best is None else self.best["loss"]
+        if self.recipe.patience is None or not found.loss < lowest:
+            return False
+        self.best = {"epoch": self.epoch, "loss": found.loss}
+        self.best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        return True
+
+    @contextmanager
+    def _own_random_numbers(self) -> Iterator[None]:
+        """Dropout draws from the training's own numbers; the caller's are as they were."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.set_rng_state(self.dropout["cpu"])
+            if devices:
+                torch.cuda.set_rng_state(self.dropout["cuda"], self.device)
+            yield
+            self.dropout["cpu"] = torch.get_rng_state()
+            if devices:
+                self.dropout["cuda"] = torch.cuda.get_rng_state(self.device)
+
+
+def _drawn_from(seed: int, device: torch.device) -> dict[str, Tensor]:
+    """The states of the generators that dropout draws from, for one seed."""
+    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
+    return states
+
+
+def _window(batch: Batch, chunk: Chunk) -> Batch:
+    """The batch's steps from the chunk's first to its last; sequences that have ended before have length 0."""
+    steps = slice(chunk.start, chunk.stop)
+    lengths = (batch.lengths - chunk.start).clamp(0, chunk.stop - chunk.start)
+    return Batch(batch.x[steps], batch.symbols[steps], lengths, batch.targets[steps])
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _check_truncation(model: SequenceModel) -> None:
+    if model.shape.task != "tag":
+        raise ThroughtimeError(
+            "truncate is for the task tag: with one answer at the end, the windows before the last have no loss; leave"
+            " it out"
+        )
+    if model.shape.bidirectional:
+        raise ThroughtimeError(
+            "truncate and bidirectional exclude each other: the backward direction begins at the end; leave one out"
+        )

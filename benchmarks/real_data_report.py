@@ -1,0 +1,218 @@
+"""The record of `real_data.py` as tables, the bar of every row with what it was met by, and a plot.
+
+python benchmarks/real_data_report.py benchmarks/results/real_data.json      # draw and print it again
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+THEIRS, OURS = "torch.nn", "throughtime"
+CELLS = {"elman": "Elman", "gru": "GRU", "lstm": "LSTM"}
+COLOUR = "#0072B2"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One cell on one data set, in both libraries."""
+
+    problem: str
+    cell: str
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+
+    @property
+    def bar(self) -> float:
+        """The lowest mean that is not below torch.nn's by more than one of its standard errors."""
+        return mean(self.theirs) - standard_error(self.theirs["scores"])
+
+    @property
+    def holds(self) -> bool:
+        """Whether throughtime's mean is there."""
+        return mean(self.ours) >= self.bar
+
+    @property
+    def differences(self) -> list[float]:
+        """throughtime's score less torch.nn's, by seed."""
+        return [ours - theirs for theirs, ours in zip(self.theirs["scores"], self.ours["scores"], strict=True)]
+
+    @property
+    def times(self) -> float:
+        """torch.nn's seconds per epoch over throughtime's."""
+        return seconds(self.theirs) / seconds(self.ours)
+
+    def line(self) -> str:
+        """A line of the table."""
+        scores = [with_error(side["scores"]) for side in (self.theirs, self.ours)]
+        paces = [f"{seconds(side):.4f}" for side in (self.theirs, self.ours)]
+        met = f"{self.bar:.4f}: {'pass' if self.holds else 'MISS'}"
+        cells = [self.problem, CELLS[self.cell], *scores, met, with_error(self.differences, "+"), *paces]
+        return f"| {' | '.join(cells)} | {self.times:.2f}x |"
+
+
+def mean(side: dict[str, Any]) -> float:
+    """Test score over the seeds."""
+    return statistics.fmean(side["scores"])
+
+
+def standard_error(scores: Sequence[float]) -> float:
+    """Of the mean."""
+    return statistics.stdev(scores) / math.sqrt(len(scores))
+
+
+def with_error(values: Sequence[float], sign: str = "") -> str:
+    """The mean and its standard error."""
+    return f"{statistics.fmean(values):{sign}.4f} ± {standard_error(values):.4f}"
+
+
+def seconds(side: dict[str, Any]) -> float:
+    """Median over the seeds of a run's median seconds per epoch, first epochs left out."""
+    return statistics.median(side["seconds_per_epoch"])
+
+
+def rows(record: dict[str, Any]) -> list[Row]:
+    """In the order in which they were measured."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for score in record["scores"]:
+        found.setdefault((score["problem"], score["cell"]), {})[score["library"]] = score
+    return [Row(problem, cell, sides[THEIRS], sides[OURS]) for (problem, cell), sides in found.items()]
+
+
+def as_markdown(record: dict[str, Any]) -> str:
+    """All tables, and below them what they were measured with."""
+    measured, setting = rows(record), record["setting"]
+    missed = [f"{row.problem}, {CELLS[row.cell]}" for row in measured if not row.holds]
+    verdict = f"Missed by {'; '.join(missed)}." if missed else f"Met by all {len(measured)} rows."
+    lines = [
+        "# Real data, beside torch.nn",
+        "",
+        f"Test score, mean and standard error over {setting['seeds']} seeds: the share of test sequences right, for"
+        " CMUdict of test phones. Both sides have the same first weights (torch.nn's own), batches and recipe."
+        f" Asked: not below torch.nn by more than one of its standard errors. **{verdict}**",
+        "",
+        "| data | cell | torch.nn | throughtime | asked | difference by seed | torch.nn, s/epoch | throughtime, s/epoch"
+        " | times as fast |",
+        "|---|---|---|---|---|---|---|---|---|",
+        *(row.line() for row in measured),
+        "",
+        "Seconds per epoch of training: median over epochs and seeds, first epochs left out; one loop for both.",
+        "",
+        "## Without a network",
+        "",
+        "| data | baseline | test score |",
+        "|---|---|---|",
+        *(
+            f"| {name} | {baseline} | {score:.4f} |"
+            for name, problem in record["problems"].items()
+            for baseline, score in problem["baselines"].items()
+        ),
+        "",
+        "## Data and recipes",
+        "",
+        "| data | training and test sequences | steps | classes | units | epochs | batch | learning rate |",
+        "|---|---|---|---|---|---|---|---|",
+        *(_recipe_line(name, problem) for name, problem in record["problems"].items()),
+        "",
+        *(f"- {name}: {problem['source']}{_noted(problem)}" for name, problem in record["problems"].items()),
+        "",
+        _setting(setting),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _recipe_line(name: str, problem: dict[str, Any]) -> str:
+    recipe, (shortest, longest) = problem["recipe"], problem["steps"]
+    steps = f"{longest}" if shortest == longest else f"{shortest} to {longest}"
+    units = f"{problem['units']}{', both ways' if problem['bidirectional'] else ''}"
+    told = [f"{problem['train']} and {problem['test']}", steps, str(len(problem["classes"])), units]
+    numbers = [str(recipe["epochs"]), str(recipe["batch_size"]), f"{recipe['learning_rate']:g}"]
+    return f"| {' | '.join([name, *told, *numbers])} |"
+
+
+def _noted(problem: dict[str, Any]) -> str:
+    return f". {problem['note']}" if problem["note"] else ""
+
+
+def _setting(setting: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {number}" for name, number in setting["versions"].items())
+    quick = " A quick run, on few sequences: these figures mean nothing." if setting["quick"] else ""
+    threads = "1 thread" if setting["threads"] == 1 else f"{setting['threads']} threads"
+    return (
+        f"{setting['processor']}, {threads}, {setting['system']}; {setting['date']}, {setting['minutes']} minutes;"
+        f" {versions}. AdamW, warm-up and cosine decay as in `Recipe`; every field is in the JSON file.{quick}"
+    )
+
+
+def draw(record: dict[str, Any]) -> Any:
+    """Left, how far throughtime's score is from torch.nn's; right, how many times as fast it is; a line a row."""
+    from matplotlib.figure import Figure
+
+    measured = rows(record)
+    places = list(range(len(measured)))[::-1]
+    figure = Figure(figsize=(9.5, 1.6 + 0.34 * len(measured)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    errors = [100 * standard_error(row.theirs["scores"]) for row in measured]
+    left.barh(places, [2 * error for error in errors], left=[-error for error in errors], color="#dddddd", label=THEIRS)
+    left.errorbar(
+        [100 * (mean(row.ours) - mean(row.theirs)) for row in measured],
+        places,
+        xerr=[100 * standard_error(row.ours["scores"]) for row in measured],
+        fmt="o",
+        color=COLOUR,
+        markersize=5,
+        capsize=3,
+        label=OURS,
+    )
+    left.axvline(0, color="#555555", linestyle=":")
+    left.set_yticks(places, [f"{row.problem}  {CELLS[row.cell]}  {100 * mean(row.theirs):.1f}%" for row in measured])
+    left.set_xlabel("test score, points from torch.nn's mean")
+    left.set_title("test score ± a standard error", fontsize=10, loc="left")
+    figure.legend(fontsize=9, loc="outside upper left", ncols=2)
+    right.barh(places, [row.times for row in measured], color=COLOUR, height=0.6)
+    for place, row in zip(places, measured, strict=True):
+        right.annotate(
+            f"{row.times:.1f}x", (row.times, place), (3, 0), textcoords="offset points", va="center", fontsize=9
+        )
+    right.axvline(1, color="#555555", linestyle=":")
+    right.margins(x=0.15)
+    right.set_xlabel("times as fast as torch.nn")
+    right.set_title("an epoch of training", fontsize=10, loc="left")
+    for axes in (left, right):
+        axes.grid(axis="x", color="#e4e4e4")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def write(record: dict[str, Any], folder: Path) -> None:
+    """The record, its tables and its plot; each file whole or not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / "real_data.json", (json.dumps(record, indent=1) + "\n").encode())
+    _replace(folder / "real_data.md", as_markdown(record).encode())
+    figure = draw(record)
+    for kind in ("png", "svg"):
+        drawn = io.BytesIO()
+        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+        _replace(folder / f"real_data.{kind}", drawn.getvalue())
+
+
+def _replace(path: Path, content: bytes) -> None:
+    partial = path.with_name(f".{path.name}.part")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    stored = Path(sys.argv[1])
+    again = json.loads(stored.read_text(encoding="utf-8"))
+    print(as_markdown(again))
+    write(again, stored.parent)

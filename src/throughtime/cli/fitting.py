@@ -1,0 +1,154 @@
+"""`throughtime fit`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from throughtime.cli.screen import listed, print_table, say, training
+from throughtime.errors import ThroughtimeError
+
+if TYPE_CHECKING:
+    from throughtime.tasks.config import Config
+    from throughtime.tasks.runs import LoadedRun
+
+_data = partial(typer.Option, rich_help_panel="The data")
+_network = partial(typer.Option, rich_help_panel="The network")
+_training = partial(typer.Option, rich_help_panel="The training")
+_run = partial(typer.Option, rich_help_panel="The run")
+
+Tasks = Literal["classify", "tag"]
+Decays = Literal["cosine", "linear", "none"]
+
+
+# An option that is None was not typed: then the file of --config decides, and then what `tasks.config` says. The
+# defaults shown are those; the tests compare them.
+def fit(
+    context: typer.Context,
+    file: Annotated[
+        str | None, typer.Argument(metavar="DATA", help="vowels, or a file: .csv .parquet .jsonl .txt .tsv .conll")
+    ] = None,
+    task: Annotated[
+        Tasks | None, _data(help="One answer at the end, or at every step.", show_default="classify")
+    ] = None,
+    sequence_id: Annotated[str | None, _data(help="Column that tells the sequences apart.")] = None,
+    time: Annotated[str | None, _data(help="Column that orders the steps: numbers or dates.")] = None,
+    target: Annotated[str | None, _data(help="Column with the label.")] = None,
+    features: Annotated[str | None, _data(help="Columns of numbers, comma-separated; all others if not given.")] = None,
+    symbols: Annotated[str | None, _data(help="Columns of text to embed, comma-separated.")] = None,
+    group: Annotated[str | None, _data(help="Column that the split keeps whole: a patient, a machine.")] = None,
+    part: Annotated[str | None, _data(help="Column that says train, validation or test.")] = None,
+    text: Annotated[str | None, _data(help="The steps of a line of text: words or letters.")] = None,
+    test_fraction: Annotated[float | None, _data(help="Share for the test.", show_default="0.25")] = None,
+    validation_fraction: Annotated[
+        float | None, _data(help="Share of the rest that decides when to stop.", show_default="0.15")
+    ] = None,
+    split_seed: Annotated[int | None, _data(help="Decides the split alone.", show_default="0")] = None,
+    cell: Annotated[
+        str | None, _network(help="gru, lstm, ...; module:name for your own; or a saved cell.json.", show_default="gru")
+    ] = None,
+    hidden_size: Annotated[int | None, _network("--hidden", "--hidden-size", help="Units.", show_default="100")] = None,
+    num_layers: Annotated[int | None, _network("--layers", "--num-layers", help="Layers.", show_default="1")] = None,
+    bidirectional: Annotated[
+        bool | None, _network(help="Read both ways; such a model cannot stream.", show_default="no")
+    ] = None,
+    dropout: Annotated[float | None, _network(help="Share of outputs dropped in training.", show_default="0.0")] = None,
+    embedding_size: Annotated[int | None, _network(help="Numbers that stand for a symbol.", show_default="32")] = None,
+    proj_size: Annotated[int | None, _network(help="Projected units, where CELL projects.", show_default="0")] = None,
+    epochs: Annotated[int | None, _training(help="Passes over the training part.", show_default="60")] = None,
+    batch_size: Annotated[int | None, _training(help="Sequences in a batch.", show_default="32")] = None,
+    accumulate: Annotated[int | None, _training(help="Batches in an update.", show_default="1")] = None,
+    learning_rate: Annotated[float | None, _training(help="AdamW's.", show_default="0.002")] = None,
+    weight_decay: Annotated[float | None, _training(help="AdamW's, on matrices.", show_default="0.01")] = None,
+    warmup: Annotated[
+        float | None, _training(help="Share of the training in which the rate rises.", show_default="0.05")
+    ] = None,
+    decay: Annotated[Decays | None, _training(help="How the rate falls after that.", show_default="cosine")] = None,
+    clip: Annotated[
+        str | None, _training(help="Largest norm of the gradients: a number, auto or none.", show_default="auto")
+    ] = None,
+    patience: Annotated[
+        str | None,
+        _training(help="Epochs without a lower validation loss before the end, or none.", show_default="15"),
+    ] = None,
+    truncate: Annotated[int | None, _training(help="Cut back-propagation (tag) into windows of so many steps.")] = None,
+    seed: Annotated[int | None, _run(help="Decides weights, order and dropout.", show_default="0")] = None,
+    threads: Annotated[int | None, _run(help="Threads to compute with.", show_default="1")] = None,
+    checkpoint_seconds: Annotated[
+        float | None, _run(help="Least time between checkpoints.", show_default="60.0")
+    ] = None,
+    run: Annotated[Path | None, _run(help="Folder to make; a new DATA-CELL if not given.")] = None,
+    config: Annotated[Path | None, _run(help="TOML file with any of these; what is typed wins over it.")] = None,
+    resume: Annotated[bool, _run("--resume", help="Go on with RUN.partial from its last checkpoint.")] = False,
+) -> None:
+    """Train a network on DATA and keep it in a run folder, with its score on sequences that it has never seen."""
+    from throughtime.tasks.config import Config
+    from throughtime.tasks.fitting import fit as train
+    from throughtime.tasks.runs import configuration_of
+
+    options = _typed(context.params)
+    if resume and run is None:
+        raise ThroughtimeError("--resume goes on with a run that was broken off; name it (--run)")
+    if file is None and config is None:
+        if run is None or not resume:
+            raise ThroughtimeError("there is no DATA; give a file, a data set that ships here (vowels), or --config")
+        resolved = configuration_of(run, options)
+    else:
+        resolved = Config.resolve(options, config)
+    if resolved.run is None:
+        resolved = replace(resolved, run=_unused(resolved))
+    for notice in resolved.overridden:
+        say(notice)
+    with training() as on_event:
+        finished = train(resolved, resume=resume, on_event=on_event)
+    _print(finished)
+
+
+def _typed(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that were typed, as the configuration has them."""
+    options = {name: value for name, value in params.items() if name not in ("config", "resume") and value is not None}
+    for name in ("features", "symbols"):
+        if name in options:
+            options[name] = listed(options[name])
+    for name in ("clip", "patience"):
+        if name in options:
+            options[name] = _number_or_word(options[name])
+    return options
+
+
+def _number_or_word(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _unused(config: Config) -> Path:
+    """The first of DATA-CELL, DATA-CELL-2, ... that no run has, finished or not."""
+    from throughtime.tasks.runs import partial_of
+
+    data, cell = config.data.file, config.network.cell
+    name = f"{Path(data).name.split('.')[0]}-{Path(cell.split(':')[-1]).stem}"
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    return next(path for path in map(Path, names) if not (path.exists() or partial_of(path).exists()))
+
+
+def _print(run: LoadedRun) -> None:
+    """The score beside the baselines, and where the run is."""
+    from throughtime.insight.report import Table
+
+    result = run.result
+    unit = "steps" if run.encoder.task == "tag" else "sequences"
+    rows = [(baseline["name"], f"{baseline['score']:.1%}") for baseline in result["baselines"]]
+    network = run.configuration.network
+    rows.append((f"{run.model.recurrent.cell.name}, {network.hidden_size} units", f"{result['score']:.1%}"))
+    print_table(Table(("", f"right of {result['count']:,} test {unit}"), tuple(rows)))
+    typer.echo(f"Run: {run.path}, report: {run.path / 'report.html'}")

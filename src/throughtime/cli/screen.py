@@ -1,0 +1,104 @@
+"""What the commands share of the terminal: lists as they are typed, tables, bars of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from throughtime.insight.report import Table
+    from throughtime.tasks.fitting import Event
+
+
+def listed(names: str) -> list[str]:
+    """Names as they are typed, with commas between them."""
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+@contextmanager
+def epochs_trained(epochs: int) -> Iterator[Callable[[str, int], None]]:
+    """A bar on stderr that moves on with each epoch trained."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    told, left = TextColumn("{task.description}"), TimeRemainingColumn()
+    screen = Console(stderr=True)
+    quiet = not screen.is_terminal
+    with Progress(
+        told, BarColumn(), MofNCompleteColumn(), left, console=screen, transient=True, disable=quiet
+    ) as progress:
+        bar = progress.add_task("training", total=epochs)
+        yield lambda cell, seed: progress.update(bar, advance=1, description=f"{cell}, seed {seed}")
+
+
+@contextmanager
+def training() -> Iterator[Callable[[Event], None]]:
+    """A bar on stderr for what `tasks.fitting.fit` tells: loss, score, steps a second and time left; notices above."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from throughtime.tasks.fitting import Notice
+    from throughtime.tasks.training import Epoch
+
+    columns = ("epoch {task.fields[epoch]}", "loss {task.fields[loss]}", "score {task.fields[score]}")
+    speed, left = TextColumn("{task.fields[speed]} steps/s"), TimeRemainingColumn()
+    screen = Console(stderr=True)
+    with Progress(
+        TextColumn(columns[0]),
+        BarColumn(),
+        *map(TextColumn, columns[1:]),
+        speed,
+        left,
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as progress:
+        bar = progress.add_task("", total=1.0, epoch="", loss="", score="", speed="")
+
+        def on_event(event: Event) -> None:
+            if isinstance(event, Notice):
+                say(event.text)
+            elif isinstance(event, Epoch):
+                score = "none" if event.score is None else f"{event.score:.1%}"
+                progress.update(bar, score=score)
+            else:
+                progress.update(
+                    bar,
+                    completed=event.done,
+                    epoch=f"{event.epoch}/{event.epochs}",
+                    loss=f"{event.loss:.4g}",
+                    speed=f"{event.steps_per_second:,.0f}",
+                )
+
+        yield on_event
+
+
+@contextmanager
+def waiting(doing: str) -> Iterator[None]:
+    """A sign of life on stderr, where someone looks, while something goes on whose end cannot be foretold."""
+    from rich.console import Console
+
+    with Console(stderr=True).status(doing):
+        yield
+
+
+def say(notice: str) -> None:
+    """A line on stderr that the reader of the results should know."""
+    typer.echo(f"Note: {notice}.", err=True)
+
+
+def print_table(table: Table) -> None:
+    """The table on stdout, its numbers to the right."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as Drawn
+
+    drawn = Drawn(*table.header, box=box.SIMPLE_HEAD, header_style="")
+    for column in drawn.columns[1:]:
+        column.justify = "right"
+    for row in table.rows:
+        drawn.add_row(*row)
+    Console(highlight=False).print(drawn)

@@ -1,0 +1,276 @@
+"""A run looked into: where the gradient of its network goes on its own data, before training and after."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from throughtime.equations.catalogue import CELLS
+from throughtime.errors import ThroughtimeError
+from throughtime.insight.diagnosis import TIMES, Diagnosis, Other, Training, Trial, look, try_remedies
+from throughtime.insight.diagnosis_page import page
+from throughtime.insight.report import Page
+from throughtime.insight.verdict import ask_for_remedies
+from throughtime.nn import LastStep
+from throughtime.nn.clipping import suggest_clip
+from throughtime.nn.initialise import chrono_
+from throughtime.tasks.encoding import Encoder, encode
+from throughtime.tasks.model import SequenceModel, build, loss_sum
+from throughtime.tasks.parts import Batch, Part
+from throughtime.tasks.reading import read
+from throughtime.tasks.runs import LoadedRun
+from throughtime.tasks.serving import read_for
+
+MOST_STEPS = 10_000
+"""Steps of the batch, padding included, unless the number of sequences is asked for."""
+
+MOST_ROWS = 32
+"""Sequences of the batch, unless their number is asked for."""
+
+NORMS = 20
+"""Mini-batches whose gradients' norms are looked at, before training and again after it."""
+
+GATED = ("gru", "lstm")
+"""Cells that are tried in the place of one whose gradient does not arrive."""
+
+ASKED = (
+    "The network answers once, at the end. For this picture the same read-out was asked after every step: the loss at"
+    " step i is what the answer would have cost there."
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Examined:
+    """A run's diagnosis, and in words what it was made on."""
+
+    run: LoadedRun
+    diagnosis: Diagnosis
+    source: str
+    command: str
+
+    def page(self) -> Page:
+        """The report."""
+        return page(self.diagnosis, title=f"throughtime diagnose: {self.run.path.name}", facts=self._facts)
+
+    @property
+    def _facts(self) -> dict[str, str]:
+        config, recipe = self.run.configuration, self.run.recipe
+        network = config.network
+        layers = f"{network.num_layers} layer{'s' if network.num_layers > 1 else ''} of {network.hidden_size} units"
+        clip = "gradients not clipped" if recipe.clip is None else f"gradients clipped ({recipe.clip})"
+        return {
+            "command": self.command,
+            "run": str(self.run.path),
+            "data": self.source,
+            "network": f"{self.diagnosis.cell}, {layers}{', both directions' if network.bidirectional else ''}",
+            "training": f"{len(self.run.epochs)} epochs, learning rate {recipe.learning_rate:g}, batches of"
+            f" {recipe.batch_size}, {clip}"
+            + ("" if recipe.truncate is None else f", truncated after {recipe.truncate} steps"),
+            "untrained": f"the same network as it was drawn with seed {config.seed}",
+        }
+
+
+def diagnose(
+    run: LoadedRun,
+    data: str | None = None,
+    *,
+    needs: int | None = None,
+    rows: int | None = None,
+    command: str = "",
+    on_part: Callable[[str], None] = lambda part: None,
+) -> Examined:
+    """Look into a run on a batch of its training part, or of the sequences of `data`, a file like that one.
+
+    `needs` is the lag in steps that the task needs: by default, from the first step to the last of the median sequence
+    for a network that answers at the end, and not known for one that answers at every step. `rows` is the number of
+    sequences, by default 32, fewer where they are long. `command` is quoted in the report; `on_part(name)` is called
+    as the work goes on. Nothing is trained, and torch's random numbers are left alone.
+
+    Raises ThroughtimeError for `needs` or `rows` below 1 and for data that does not fit.
+    """
+    for name, number in (("needs", needs), ("rows", rows)):
+        if number is not None and number < 1:
+            raise ThroughtimeError(f"{name} is {number}; give a whole number from 1")
+    part, source = _part(run, data)
+    chosen = _evenly(part, rows)
+    batch = part.batch(chosen)
+    tag = run.model.shape.task == "tag"
+    loss = _losses_by_step(batch) if tag else _losses_by_row(batch)
+    if needs is None and not tag:
+        needs = max(1, int(batch.lengths.median()) - 1)
+    untrained = build(run.model.recurrent.cell, run.model.shape, seed=run.configuration.seed).eval()
+    before = look(
+        untrained,
+        batch,
+        loss,
+        needs=needs,
+        with_pairs=False,  # none of the untrained network are shown
+        on_part=lambda name: on_part(f"before training: {name}"),
+    )
+    after = look(
+        run.model,
+        batch,
+        loss,
+        needs=needs,
+        asked=_asked(run.model, batch),
+        on_part=lambda name: on_part(f"after training: {name}"),
+    )
+    trials: list[Trial] = []
+    if ask_for_remedies(before) or ask_for_remedies(after):
+        trials = try_remedies(
+            untrained,
+            batch,
+            loss,
+            needs=needs,
+            others=_gated(run, needs),
+            times=TIMES if tag else 1,
+            on_part=lambda name: on_part(f"trying {name}"),
+        )
+    on_part("norms of gradients")
+    norms = [*_norms(untrained, part, run), *_norms(run.model, part, run)]
+    diagnosis = Diagnosis(
+        cell=run.model.recurrent.cell.name,
+        before=before,
+        after=after,
+        trials=trials,
+        training=_training(run),
+        norms=norms,
+        clip=_suggested(norms),
+        by_step=tag,
+        asked="" if tag else ASKED,
+    )
+    picked = f"{len(chosen)} of {len(part):,} sequences, evenly chosen, of {source}"
+    return Examined(run, diagnosis, picked, command)
+
+
+def _part(run: LoadedRun, data: str | None) -> tuple[Part, str]:
+    """The sequences to look at, and in words where they are from."""
+    if data is not None:
+        sequences = read_for(run, data, labelled=True)
+        return run.encoder.part(sequences), sequences.source
+    asked = run.configuration.data
+    columns = ("task", "sequence_id", "target", "time", "features", "symbols", "group", "part", "text")
+    sequences = read(asked.file, **{name: getattr(asked, name) for name in columns})
+    encoded = encode(
+        sequences,
+        test_fraction=asked.test_fraction,
+        validation_fraction=asked.validation_fraction,
+        seed=asked.split_seed,
+    )
+    _check_same(run.encoder, encoded.encoder, sequences.source)
+    return encoded.train, f"the training part of {sequences.source}"
+
+
+def _check_same(stored: Encoder, found: Encoder, source: str) -> None:
+    if stored.to_json() != found.to_json():
+        raise ThroughtimeError(
+            f"{source}: is not what the run was trained on, for its columns, scales or labels are others; give a file"
+            " to look at (--data), or the one of then"
+        )
+
+
+def _evenly(part: Part, rows: int | None) -> list[int]:
+    """Places of so many sequences, from the shortest to the longest, for the data may be in order of class."""
+    longest = max(1, int(part.lengths.max()))
+    count = min(len(part), rows or min(MOST_ROWS, max(1, MOST_STEPS // longest)))
+    order = part.lengths.argsort(stable=True)
+    return sorted(order[torch.linspace(0, len(part) - 1, count).round().long()].tolist())
+
+
+# Losses
+
+
+def _losses_by_row(batch: Batch) -> Callable[[Tensor], Tensor]:
+    return lambda logits: functional.cross_entropy(logits, batch.targets, reduction="none")
+
+
+def _losses_by_step(batch: Batch) -> Callable[[Tensor], Tensor]:
+    """Losses [T, B]; those past an end are not used."""
+    targets = batch.targets if batch.targets.dim() == 2 else batch.targets.expand(len(batch.x), -1)
+    return lambda logits: functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+        targets.shape
+    )
+
+
+def _asked(model: SequenceModel, batch: Batch) -> tuple[nn.Module, Callable[[Any], Tensor]] | None:
+    """The network asked at every step; None where it is so anyway, or reads both ways and answers from two ends."""
+    if not isinstance(model.readout, LastStep) or model.shape.bidirectional:
+        return None
+    shape = dataclasses.replace(model.shape, task="tag")
+    asked = build(model.recurrent.cell, shape, seed=0)
+    asked.load_state_dict(model.state_dict())
+    return asked.eval(), _losses_by_step(batch)
+
+
+# What else there is to know
+
+
+def _gated(run: LoadedRun, needs: int | None) -> list[Other]:
+    """Gated cells in the place of the run's own, drawn with its seed; and again with memories of the length needed."""
+    cell, shape = run.model.recurrent.cell, dataclasses.replace(run.model.shape, proj_size=0)
+    seed, file = run.configuration.seed, run.configuration.data.file
+    found = []
+    for name in GATED:
+        other = CELLS[name]
+        if other.hash == cell.hash:
+            continue
+        call = f"throughtime fit {shlex.quote(file)} --cell {name}"
+        found.append(Other(f"A gated cell: {other.name}", other.name, call, build(other, shape, seed=seed).eval()))
+        if needs is not None and needs > 1:
+            model = build(other, shape, seed=seed).eval()
+            chrono_(model.recurrent, needs + 1, generator=torch.Generator().manual_seed(seed))
+            title = f"A gated cell with long memories: {other.name}, chrono initialisation"
+            found.append(Other(title, f"{other.name}, chrono", _chrono_call(other.name, run, needs + 1), model))
+    return found
+
+
+def _chrono_call(cell: str, run: LoadedRun, longest: int) -> str:
+    shape = run.model.shape
+    sizes = f"{shape.input_size}, {shape.hidden_size}"
+    sizes += f", num_layers={shape.num_layers}" if shape.num_layers > 1 else ""
+    sizes += ", bidirectional=True" if shape.bidirectional else ""
+    return (
+        f"import throughtime as tt\nfrom throughtime.nn.initialise import chrono_\n"
+        f"layer = chrono_(tt.nn.Recurrent(tt.{cell}, {sizes}), longest={longest})"
+    )
+
+
+def _norms(model: SequenceModel, part: Part, run: LoadedRun) -> list[float]:
+    """The norm of all gradients together, for some mini-batches of the size that training had."""
+    size = run.recipe.batch_size
+    order = torch.randperm(len(part), generator=torch.Generator().manual_seed(run.configuration.seed)).tolist()
+    parameters = list(model.parameters())
+    found = []
+    for first in range(0, min(len(order), NORMS * size), size):
+        total, count = loss_sum(model, part.batch(order[first : first + size]))
+        gradients = torch.autograd.grad(total / count, parameters, materialize_grads=True)
+        found.append(float(torch.stack([gradient.double().norm() for gradient in gradients]).norm()))
+    return found
+
+
+def _suggested(norms: list[float]) -> float | None:
+    """A threshold to clip at, None where the norms tell none."""
+    finite = [norm for norm in norms if math.isfinite(norm)]
+    return suggest_clip(finite) if any(finite) else None
+
+
+def _training(run: LoadedRun) -> Training:
+    def column(name: str) -> Any:
+        values = (epoch.get(name) for epoch in run.epochs)
+        return np.array([math.nan if value is None else float(value) for value in values])
+
+    return Training(
+        losses=column("loss"),
+        norms=column("norm"),
+        thresholds=column("threshold"),
+        clip_rates=column("clip_rate"),
+        truncate=run.recipe.truncate,
+    )

@@ -1,0 +1,258 @@
+"""From a configuration to a finished run: read, encode, build, train, evaluate, keep."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata, resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from throughtime.equations.catalogue import CELLS
+from throughtime.equations.cell import Cell
+from throughtime.equations.lookup import find
+from throughtime.errors import CellError, DataError, ThroughtimeError
+from throughtime.tasks import card, runs
+from throughtime.tasks.baselines import baselines
+from throughtime.tasks.config import CELL_FILE, Config
+from throughtime.tasks.encoding import Encoded, encode
+from throughtime.tasks.model import SequenceModel, build
+from throughtime.tasks.reading import SHIPPED, read
+from throughtime.tasks.runs import LoadedRun, Run
+from throughtime.tasks.sequences import Sequences
+from throughtime.tasks.training import HOW, Epoch, Progress, Snapshot, evaluate, threads, train
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the person who waits should know, in plain words."""
+
+    text: str
+
+
+Event = Progress | Epoch | Notice
+"""What `fit` tells while it works."""
+
+
+def fit(config: Config, *, resume: bool = False, on_event: Callable[[Event], None] | None = None) -> LoadedRun:
+    """Train what `config` describes and make the folder `config.run` of it; returns that run, read back and verified.
+
+    Nothing is chosen by looking at the test part. `on_event` is called with a `Progress` after every update, an `Epoch`
+    after every epoch and a `Notice` where there is something to say. With `resume`, a run that was broken off goes on
+    from its last checkpoint and ends with the same bits as if it had not been; one that is finished is returned as it
+    is; where there is neither, a new one begins. Raises ThroughtimeError for a run that cannot be made, before anything
+    is read, and DataError for data that cannot be learnt from; neither leaves anything behind.
+    """
+    if config.run is None:
+        raise ThroughtimeError("a run needs a folder of its own; name it (run, or --run)")
+    say = on_event or (lambda event: None)
+    cell = cell_of(config.network.cell)
+    if resume and (config.run / runs.CONFIG).is_file():
+        _check_same(_settled(config), cell, config.run)
+        with suppress(OSError):  # of a process that was killed in the end; nobody reads it any more
+            (config.run / runs.LOCK).unlink()
+        say(Notice(f"{config.run} is finished already; there is nothing to go on with"))
+        return runs.load(config.run)
+    with _opened(config.run, resume, say) as run, threads(config.threads):
+        if run.is_complete:
+            _check_same(_settled(config), cell, run.partial)
+            run.put_in_place()
+        else:
+            _make(run, config, cell, say)
+    return runs.load(config.run)
+
+
+def cell_of(name: str) -> Cell:
+    """The cell that `name` says: a built-in one, `module:name`, or the path of a saved cell's JSON."""
+    if not name.endswith(".json"):
+        return find(name)
+    try:
+        return Cell.from_json(Path(name).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise CellError(f"{name}: cannot be read ({reason}); give the path of a saved cell") from error
+    except CellError as error:
+        raise CellError(f"{name}: {error}; save the cell again with Cell.to_json") from error
+
+
+def _opened(path: Path, resume: bool, say: Callable[[Event], None]) -> Run:
+    if not resume:
+        return Run.create(path)
+    if runs.partial_of(path).is_dir():
+        return Run.resume(path)
+    say(Notice(f"{runs.partial_of(path)} does not exist, so there is nothing to go on with: the run begins anew"))
+    return Run.create(path)
+
+
+def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) -> None:
+    """All that lies between an empty folder, or one that was broken off, and a finished one."""
+    sequences = _read(config)
+    config = _with_sum(_settled(config))
+    if (run.partial / runs.CONFIG).exists():
+        _check_same(config, cell, run.partial)
+    else:
+        run.write(CELL_FILE, cell.to_json().encode())
+        run.write(runs.CONFIG, config.to_toml().encode())
+    data = config.data
+    encoded = encode(
+        sequences,
+        test_fraction=data.test_fraction,
+        validation_fraction=data.validation_fraction,
+        seed=data.split_seed,
+    )
+    for notice in encoded.notices:
+        say(Notice(notice))
+    model = build(cell, runs.shape_of(config, encoded.encoder), seed=config.seed)
+    _train(run, config, encoded, model, say)
+    result = _result(config, encoded, model, run.lines())
+    if not math.isfinite(result["loss"]):
+        say(
+            Notice("the loss on the test part is not finite: a sequence there drives the states out of float32's range")
+        )
+    run.record(result)
+    story = card.Story(config, encoded, cell, model, run.lines(), run.path.name)
+    run.finish(
+        {
+            runs.WEIGHTS: runs.weights_of(model),
+            runs.ENCODER: runs.as_json(encoded.encoder.to_json()),
+            runs.ENVIRONMENT: runs.as_json(environment(config.threads)),
+            runs.CARD: card.readme(story).encode(),
+            runs.REPORT: card.report(story).encode(),
+        }
+    )
+
+
+def _read(config: Config) -> Sequences:
+    data = config.data
+    return read(
+        data.file,
+        task=data.task,
+        sequence_id=data.sequence_id,
+        target=data.target,
+        time=data.time,
+        features=data.features,
+        symbols=data.symbols,
+        group=data.group,
+        part=data.part,
+        text=data.text,
+    )
+
+
+def _settled(config: Config) -> Config:
+    """The configuration as the run keeps it, wherever it is read: no path in it depends on a folder."""
+    data, network = config.data, config.network
+    file = data.file if data.file in SHIPPED else str(Path(data.file).resolve())
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(data, file=file),
+        network=dataclasses.replace(network, cell=network.cell if network.cell in CELLS else CELL_FILE),
+        run=None,
+    )
+
+
+def _with_sum(config: Config) -> Config:
+    """The configuration with the data's content fixed; a sum that it has already must be that of this content."""
+    data = config.data
+    sha256 = sum_of(data.file)
+    if data.sha256 not in (None, sha256):
+        raise DataError(
+            f"{data.file}: its content is not what the configuration was written for; take the file of then, or leave"
+            " sha256 out of [data] to train on this one"
+        )
+    return dataclasses.replace(config, data=dataclasses.replace(data, sha256=sha256))
+
+
+def sum_of(name: str) -> str:
+    """SHA-256 of the data of this name: a file, or a data set that ships here."""
+    file: Any = resources.files("throughtime") / "data" / SHIPPED[name].file if name in SHIPPED else Path(name)
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _check_same(config: Config, cell: Cell, folder: Path) -> None:
+    """Refuse to go on with a run that another configuration began; a content that is not known is not compared."""
+    stored = Config.from_toml((folder / runs.CONFIG).read_text(encoding="utf-8"), str(folder / runs.CONFIG))
+    if config.data.sha256 is None:
+        stored = dataclasses.replace(stored, data=dataclasses.replace(stored.data, sha256=None))
+    found = config.difference(stored)
+    if config.data.sha256 != stored.data.sha256:
+        found = f"the content of {config.data.file} has changed"
+    elif found is None and cell_of(str(folder / CELL_FILE)).hash != cell.hash:
+        found = "the cell's equations have changed"
+    if found is not None:
+        raise ThroughtimeError(
+            f"{folder}: was begun with another configuration: {found}; go back to that, or make a new run"
+        )
+
+
+def _train(run: Run, config: Config, encoded: Encoded, model: SequenceModel, say: Callable[[Event], None]) -> None:
+    """Train from the last checkpoint on, if there is one."""
+    start = run.last_checkpoint()
+    if start is not None:
+        say(Notice(f"going on in epoch {start.record['epoch'] + 1}, from the last checkpoint"))
+    for epoch in train(
+        model,
+        encoded.train,
+        config.training,
+        seed=config.seed,
+        validation=encoded.validation,
+        checkpoint=_Checkpoints(run, config.checkpoint_seconds),
+        resume_from=start,
+        on_update=say,
+    ):
+        run.record({"kind": "epoch", **dataclasses.asdict(epoch)})
+        say(epoch)
+
+
+class _Checkpoints:
+    """Writes a checkpoint whenever one is offered and the last is old enough."""
+
+    def __init__(self, run: Run, seconds: float) -> None:
+        self.run, self.seconds, self.last = run, seconds, time.monotonic()
+
+    def __call__(self, snapshot: Callable[[], Snapshot]) -> None:
+        if time.monotonic() - self.last >= self.seconds:
+            self.run.checkpoint(snapshot())
+            self.last = time.monotonic()
+
+
+def _result(
+    config: Config, encoded: Encoded, model: SequenceModel, epochs: tuple[dict[str, Any], ...]
+) -> dict[str, Any]:
+    """The last line of the metrics: what the test part says, beside what needs no network."""
+    found = evaluate(model, encoded.test)
+    best = [line["number"] for line in epochs if line["best"]]
+    return {
+        "kind": "test",
+        **dataclasses.asdict(found),
+        "baselines": [{"name": baseline.name, "score": baseline.score} for baseline in baselines(encoded)],
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "epochs": len(epochs),
+        "weights_of_epoch": best[-1] if best else len(epochs),
+        "clip": epochs[-1]["threshold"],
+        "clip_from": HOW if config.training.clip == "auto" else "the configuration",
+    }
+
+
+def environment(threads: int) -> dict[str, Any]:
+    """What the numbers were computed with: versions, the machine, the day."""
+    packages = ("throughtime", "torch", "numpy", "llvmlite", "safetensors", "scikit-learn", "pandas", "pyarrow")
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in packages},
+        "system": platform.platform(),
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
