@@ -57,7 +57,7 @@ class Findings:
         """Whether the gradient reached the lag that was needed, before training."""
         return bool(result["share"] >= self.threshold)
 
-    def agreement(self, nets: Iterable[str]) -> dict[str, Any]:
+    def agreement(self, tasks: Iterable[str], nets: Iterable[str]) -> dict[str, Any]:
         """How often the reach before training said what training found, and how well it ranks the runs.
 
         `ranking` is the chance that of a solved and an unsolved run the solved one reached further (the area under the
@@ -65,7 +65,8 @@ class Findings:
         """
         from sklearn.metrics import roc_auc_score
 
-        chosen = [result for result in self.results if result["net"] in set(nets) and result["trained"]]
+        wanted = {(task, net) for task in tasks for net in nets}
+        chosen = [r for r in self.results if (r["task"], r["net"]) in wanted and r["trained"]]
         solved = [result["solved"] for result in chosen]
         counts = {
             (reached, done): sum(self.reached(r) == reached and r["solved"] == done for r in chosen)
@@ -106,27 +107,28 @@ def _breaks(found: Findings) -> list[str]:
 
 
 def _agreements(found: Findings) -> list[str]:
-    """Whether the reach before training predicted what was solved: over all networks, and within each kind."""
-    groups = {
-        "all": found.nets,
+    """Whether the reach before training predicted what was solved: in all, by task, and by kind of network."""
+    kinds = {
         "Elman networks": [net for net in found.nets if net.startswith("elman")],
-        "gated, as they begin": [net for net in found.nets if net in ("gru", "lstm")],
-        "gated, chrono": [net for net in found.nets if net.endswith("chrono")],
+        "GRU and LSTM as they begin": [net for net in found.nets if net in ("gru", "lstm")],
+        "GRU and LSTM, chrono": [net for net in found.nets if net.endswith("chrono")],
     }
+    groups = {"all": (found.tasks, found.nets)}
+    groups |= {TITLES[task]: ([task], found.nets) for task in found.tasks}
+    groups |= {kind: (found.tasks, nets) for kind, nets in kinds.items() if nets}
     lines = [
         f"Did the reach predict it? Reached means a share of at least {found.threshold:g}; ranking is the chance that "
         "of a solved and an unsolved run the solved one reached further (.5 is none).",
         "",
-        "| networks | runs | reached, solved | reached, not solved | not reached, solved | not reached, not solved "
+        "| runs | how many | reached, solved | reached, not solved | not reached, solved | not reached, not solved "
         "| ranking |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name, nets in groups.items():
-        if nets:
-            told = found.agreement(nets)
-            counts = [told["counts"][key] for key in ((True, True), (True, False), (False, True), (False, False))]
-            shown = "-" if math.isnan(told["ranking"]) else f"{told['ranking']:.2f}"
-            lines.append(f"| {name} | {told['runs']} | " + " | ".join(map(str, counts)) + f" | {shown} |")
+    for name, (tasks, nets) in groups.items():
+        told = found.agreement(tasks, nets)
+        counts = [told["counts"][key] for key in ((True, True), (True, False), (False, True), (False, False))]
+        shown = "-" if math.isnan(told["ranking"]) else f"{told['ranking']:.2f}"
+        lines.append(f"| {name} | {told['runs']} | " + " | ".join(map(str, counts)) + f" | {shown} |")
     return lines
 
 
@@ -200,8 +202,8 @@ def _setting(record: Record) -> str:
     return (
         f"Setting: {setting['units']} units, Adam, at most {setting['updates']} updates on batches of "
         f"{setting['rows']} fresh sequences, tested on {setting['test_rows']}; {setting['seeds']} seed(s), "
-        f"{setting['threads']} thread; {setting['processor_minutes']:.0f} minutes of processor time, "
-        f"{setting['minutes']:.0f} on the clock. Learning rates: {rates}. "
+        f"{setting['threads']} thread; {setting['processor_minutes']:.0f} minutes of processor time. "
+        f"Learning rates: {rates}. "
         f"Torch {setting['torch']}, Python {setting['python']}, {setting['processor']}."
     )
 

@@ -258,7 +258,7 @@ def _steps(axes: Any, found: Findings) -> None:
 
 
 def _memory(axes: Any, found: Findings) -> None:
-    axes.set_title("Memory beyond input, output, gradients; H=128, B=4", fontsize=10, loc="left")
+    axes.set_title("Memory of a training run, B=4, H=128", fontsize=10, loc="left")
     for cell, line in (("gru", "-"), ("lstm", "--")):
         for segments, colour in (("none", PEERS[0]), ("auto", OURS)):
             sizes = found.memory(cell, segments)
@@ -274,7 +274,7 @@ def _memory(axes: Any, found: Findings) -> None:
     low, high = axes.get_ylim()
     axes.set_ylim(low, high * 12)
     axes.set_xlabel("T")
-    axes.set_ylabel("MB")
+    axes.set_ylabel("MB beyond input, output, gradients")
 
 
 def _quoted(segments: str) -> str:

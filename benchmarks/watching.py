@@ -98,7 +98,8 @@ def main() -> None:
             f"| {name} | {1000 * without:.0f} ms | {1000 * watched:.0f} ms | {100 * (watched / without - 1):+.1f}% |"
         )
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "watching.json").write_text(json.dumps({"environment": environment(threads=1), "seconds": found}, indent=1))
+    record = {"environment": environment(threads=1), "seconds": found}
+    (RESULTS / "watching.json").write_text(json.dumps(record, indent=1) + "\n")
     (RESULTS / "watching.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

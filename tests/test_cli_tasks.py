@@ -19,7 +19,7 @@ from throughtime.cli import app, main
 from throughtime.tasks import runs
 from throughtime.tasks.config import SECTIONS, Config, Data
 from throughtime.tasks.fitting import Event, fit
-from throughtime.tasks.training import Epoch
+from throughtime.tasks.training import Epoch, Training
 
 QUICK = ["--epochs", "2", "--hidden", "3", "--batch-size", "8"]
 ROLES = ["--sequence-id", "id", "--time", "t", "--target", "label"]
@@ -134,6 +134,18 @@ def test_a_run_that_was_broken_off_goes_on_when_it_is_named(typed: Typed, data: 
     assert "Run: broken" in out
     assert losses(Path("broken")) == losses(Path("signs"))
     assert not Path("broken.partial").exists()
+
+
+def test_whoever_breaks_a_training_off_is_told_how_it_goes_on(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+    def end_epoch(self: Training) -> Epoch:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Training, "end_epoch", end_epoch)
+    status, _, err = typed("fit", "signs.csv", *ROLES, *QUICK, "--run", "my run", "--checkpoint-seconds", "0")
+    assert status != 0
+    assert "`throughtime fit --resume --run 'my run'` goes on from here" in err
+    status, _, err = typed("fit", "signs.csv", *ROLES, *QUICK, "--run", "other")
+    assert "goes on" not in err, "there was no checkpoint yet"
 
 
 def test_progress_is_drawn_where_someone_looks(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -271,14 +283,23 @@ def test_a_refusal_in_use_is_one_line_and_leaves_no_file(
     assert sorted(path.name for path in Path().iterdir()) == ["signs", "signs.csv"]
 
 
-def test_a_reader_that_leaves_early_is_no_error(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Closed(io.BytesIO):
+@pytest.mark.parametrize(
+    ("failure", "expected_status", "expected"),
+    [
+        (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, ""),
+        (OSError(errno.ENOSPC, "No space left on device"), 2, "standard output: cannot be written (No space left"),
+    ],
+)
+def test_a_reader_that_leaves_is_no_error_and_a_full_disk_is_one_line(
+    failure: OSError, expected_status: int, expected: str, typed: Typed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(io.BytesIO):
         def write(self, _: Any) -> int:
-            raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+            raise failure
 
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Closed()))
     for arguments in (["predict", "signs", "signs.csv"], ["stream", "signs"]):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(Failing()))
         status, _, err = typed(*arguments, stdin=b'{"id": 1, "x": [1, 2]}\n')
-        assert status == 1
-        assert "throughtime:" not in err
-        assert "Traceback" not in err
+        assert status == expected_status
+        told = [line for line in err.splitlines() if not line.startswith("Note: ")]
+        assert [line.startswith(f"throughtime: {expected}") for line in told] == [True] * bool(expected)

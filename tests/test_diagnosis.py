@@ -1,6 +1,7 @@
 """Diagnoses against theory and against runs: the words that the numbers ask for, and no others."""
 
 import ast
+import copy
 import dataclasses
 import importlib
 import json
@@ -20,8 +21,8 @@ from throughtime.equations.catalogue import GRU, LSTM, Elman
 from throughtime.equations.expr import identity
 from throughtime.errors import DataError, ThroughtimeError
 from throughtime.insight.diagnosis import Diagnosis, Seen, Training, look, try_remedies
-from throughtime.insight.diagnosis_page import chapters, page
-from throughtime.insight.reach import LayerReach, Reach
+from throughtime.insight.diagnosis_page import page
+from throughtime.insight.reach import LayerReach, Reach, reach
 from throughtime.insight.rehearsal import Place
 from throughtime.insight.report import Remedy, render
 from throughtime.insight.verdict import findings, headline, remedies, shares_by_lag
@@ -87,20 +88,20 @@ def diagnosed(before: float | None, after: float | None, needs: int | None = STE
 
 def test_torchs_default_rnn_vanishes_before_it_has_seen_data() -> None:
     torch.manual_seed(0)
-    found = Diagnosis("nn.RNN", before=seen(Last(nn.RNN(8, 256)), 8))
+    model = Last(nn.RNN(8, 256))
+    found = Diagnosis("nn.RNN", before=Seen(tuple(reach(model, inputs(8), loss, needs=STEPS - 1))))
     assert headline(found).startswith("nn.RNN vanishes before it has seen data: its gradient halves every 1.")
-    assert "vanishes before it has seen data" in render(page(found, title="t", facts={}))
 
 
 def test_transients_are_told_from_norms_over_k_steps_and_the_spectral_radius_promises_nothing() -> None:
     found = Diagnosis("Elman", after=seen(linear(torch.tensor([[0.9, 5.0], [0.0, 0.9]])), 2))
-    [dynamics] = [paragraph for paragraph in findings(found) if "Lyapunov" in paragraph]
-    assert dynamics.startswith("Small changes of the state fade")
+    shown = page(found, title="t", facts={})
+    [dynamics] = [paragraph for paragraph in shown.findings if "Lyapunov" in paragraph]
+    assert dynamics.startswith("Along these sequences, small changes of the state fade")
     assert re.search(r"they can first grow, 1\d(\.\d)? times over \d+ steps", dynamics)
-    captions = [picture.caption for chapter in chapters(found) for picture in chapter.pictures]
+    captions = [picture.caption for chapter in shown.chapters for picture in chapter.pictures]
     assert any("spectral radius of one step tells none of this" in caption for caption in captions)
-    everything = render(page(found, title="t", facts={}))
-    for sentence in re.findall(r"[^.]*spectral radius[^.]*", everything):
+    for sentence in re.findall(r"[^.]*spectral radius[^.]*", " ".join([shown.verdict, *shown.findings, *captions])):
         assert "tells none of this" in sentence
 
 
@@ -133,6 +134,8 @@ def test_what_an_initialisation_would_change_is_measured_and_only_what_helps_is_
     assert found
     assert found[0].call.endswith("_(model.layer)")
     assert "instead of" in found[0].why
+    unknown = dataclasses.replace(before, reach=(dataclasses.replace(before.reach[0], needs=None),))
+    assert remedies(Diagnosis("Elman", before=unknown, trials=trials)) == []  # nobody knows whether any is needed
     worse = dataclasses.replace(trials[0], reach=before.reach)
     assert remedies(Diagnosis("Elman", before=before, trials=[worse])) == []
 
@@ -173,7 +176,16 @@ def test_the_headline_tells_what_was_before_training_and_what_is_now(
 def test_a_gradient_that_fades_vanishes_only_if_so_many_steps_are_needed() -> None:
     assert "vanishes" in headline(diagnosed(None, 0.5, needs=20))
     assert "reaches" in headline(diagnosed(None, 0.5, needs=5))
-    assert "vanishes" in headline(diagnosed(None, 0.5, needs=None))
+    unknown = (
+        "its gradient halves every 1.0 steps and is under 0.1% after 10 steps; whether that is far enough, the task"
+    )
+    assert headline(diagnosed(None, 0.5, needs=None)) == f"Elman vanishes: {unknown} decides"
+
+
+def test_what_the_sequences_are_too_short_for_is_not_told() -> None:
+    words = "Whether Elman reaches back 50 steps cannot be told: no sequence here is so long"
+    assert headline(diagnosed(0.9, 0.9, needs=50)) == words
+    assert "vanishes" in headline(diagnosed(None, 0.5, needs=50))  # that it is lost sooner is seen in shorter ones
 
 
 def test_the_layer_that_carries_farthest_decides() -> None:
@@ -275,7 +287,7 @@ def test_a_run_is_looked_into_before_and_after_training(run: runs.LoadedRun) -> 
     before = torch.get_rng_state()
     found = diagnose(run, rows=6, on_part=parts.append)
     assert torch.equal(torch.get_rng_state(), before)
-    assert parts[0] == "before training: reach"
+    assert parts[1] == "before training: reach"
     assert found.diagnosis.before is not None
     assert found.diagnosis.after is not None
     assert found.diagnosis.needs == round(found.diagnosis.needs or 0) > 5
@@ -330,7 +342,6 @@ def test_a_run_that_tags_in_both_directions_is_looked_into(tagged: Path, tmp_pat
     assert sum(picture.title.startswith("Loss against state") for picture in pictures) == 4
     assert all(picture.description and picture.caption for picture in pictures)
     assert "layer 1, backward" in render(shown)
-    assert diagnose(made, rows=2, needs=3).diagnosis.needs == 3
 
 
 def test_what_does_not_fit_is_refused(run: runs.LoadedRun, tagged: Path, tmp_path: Path) -> None:
@@ -343,13 +354,22 @@ def test_what_does_not_fit_is_refused(run: runs.LoadedRun, tagged: Path, tmp_pat
         diagnose(other)
 
 
+def test_a_network_whose_numbers_break_down_is_refused_with_the_place_where(run: runs.LoadedRun) -> None:
+    broken = copy.deepcopy(run.model)
+    with torch.no_grad():
+        broken.recurrent.get_parameter("weight_hh_l0")[2, 3] = math.nan
+    with pytest.raises(ThroughtimeError, match=r"is not finite: on the way forward, in recurrent, .*unit 2.*--data"):
+        diagnose(dataclasses.replace(run, model=broken), rows=2)
+
+
 def test_the_command_writes_one_page_and_prints_the_verdict(
     run: runs.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(throughtime.cli.app, ["diagnose", str(run.path), "--rows", "3"])
+    done = CliRunner().invoke(throughtime.cli.app, ["diagnose", str(run.path), "--rows", "3", "--needs", "4"])
     assert done.exit_code == 0, done.output
     assert done.output.startswith("Elman ")
+    assert "over the 4 steps that are needed" in " ".join(done.output.split())
     assert "Report: vowels-elman-diagnosis.html" in done.output
     assert [path.name for path in tmp_path.iterdir()] == ["vowels-elman-diagnosis.html"]
     runs.load(run.path)  # the run is as whole as before

@@ -18,7 +18,14 @@ from throughtime.equations.latex import written
 from throughtime.errors import CellError
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "docs/design.md", "docs/cells.md", "docs/tasks.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/design.md",
+    "docs/cells.md",
+    "docs/tasks.md",
+    "docs/sequences.md",
+]
 COMMANDS: Any = typer.main.get_command(app)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import throughtime as tt
+from throughtime.engine.targets import backward_setting
 from throughtime.nn.dropout import Masks, drop, keys
 from throughtime.nn.layout import Layout
 
@@ -155,6 +156,19 @@ def test_every_target_has_the_same_masks(target: str) -> None:
     expected = layer(x, lengths=[3, 12, 0, 7, 7], masks=Masks(1))[0]
     layer.target = target
     assert_agree(layer(x, lengths=[3, 12, 0, 7, 7], masks=Masks(1))[0], expected)
+
+
+def test_segments_keep_the_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backward_setting, "RING_ROWS", 5)
+    monkeypatch.setattr(backward_setting, "RING_BYTES", 1)
+    layer, x = layer_of(), torch.randn(T, B, I)
+    found = []
+    for segments in (None, 4):
+        layer.segments = segments
+        output = layer(x, masks=Masks(1))[0]
+        found.append([output.detach(), *torch.autograd.grad(output.square().sum(), list(layer.parameters()))])
+    for actual, expected in zip(*found, strict=True):
+        same_bits(actual, expected)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ import pytest
 from sklearn import config_context
 from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import FunctionTransformer, StandardScaler
@@ -97,6 +98,8 @@ def test_a_table_is_univariate_sequences_one_a_row(ragged: Any) -> None:
     by_list = SequenceClassifier(**SMALL).fit(list(table), labels)
     by_frame = SequenceClassifier(**SMALL).fit(pd.DataFrame(table, columns=["t0", "t1"]), labels)
     padded_array = SequenceClassifier(**SMALL).fit(table[:, :, None], labels)
+    series = pd.Series(list(table), index=range(7, 7 + len(table)))
+    assert np.array_equal(by_table.predict(series), by_table.predict(table))
     for other in (by_list, padded_array):
         assert np.array_equal(by_table.predict_proba(table), other.predict_proba(list(table)))
     assert (by_table.n_features_in_, by_list.n_features_in_) == (2, 1)
@@ -187,10 +190,14 @@ def test_the_random_state_decides_everything_that_is_drawn(ragged: Any) -> None:
 def test_patience_stops_by_the_sequences_that_were_kept_apart(ragged: Any) -> None:
     steps, labels = ragged
     settings = SMALL | {"epochs": 200, "patience": 3}
-    stopped = SequenceClassifier(**settings, validation_fraction=0.2).fit(steps, labels)
+    stopped = SequenceClassifier(**settings).fit(steps, labels)
     assert 3 < len(stopped.loss_curve_) < 200
-    with pytest.raises(ThroughtimeError, match="validation_fraction is 0"):
-        SequenceClassifier(**settings).fit(steps, labels)
+    assert len(SequenceClassifier(**SMALL).fit(steps, labels).loss_curve_) == SMALL["epochs"]
+    with pytest.raises(ThroughtimeError, match="validation_fraction is 2; give a share between 0 and 1"):
+        SequenceClassifier(**settings, validation_fraction=2).fit(steps, labels)
+    tags = [np.full(len(each), f"only {i}") for i, each in enumerate(steps)]
+    with pytest.raises(DataError, match=r"label .*only .* is only in sequences that were kept apart for patience"):
+        SequenceTagger(**settings).fit(steps, tags)
 
 
 def test_probabilities_add_up_and_follow_the_order_of_the_classes(ragged: Any) -> None:
@@ -198,7 +205,8 @@ def test_probabilities_add_up_and_follow_the_order_of_the_classes(ragged: Any) -
     model = SequenceClassifier(**SMALL).fit(steps, labels)
     shares = model.predict_proba(steps)
     assert model.classes_.tolist() == ["down", "up"]
-    assert np.allclose(shares.sum(axis=1), 1, atol=1e-6)
+    assert np.allclose(shares.sum(axis=1), 1, rtol=0, atol=1e-15)
+    assert log_loss(labels, shares) < 0.5
     assert model.predict(steps).tolist() == model.classes_[shares.argmax(axis=1)].tolist()
 
 

@@ -157,6 +157,20 @@ def test_where_a_network_breaks_is_before_the_first_length_that_it_missed(report
     assert found.longest("order", "gru", lambda one: one["solved"]) == 10
     assert found.longest("order", "gru", found.reached) == 20
     assert found.longest("order", "lstm", found.reached) is None
-    told = found.agreement(["gru"])
+    told = found.agreement(["order"], ["gru"])
     assert told["counts"] == {(True, True): 1, (True, False): 1, (False, True): 1, (False, False): 0}
     assert told["ranking"] == 0.5, "of 20 steps against 10 the reach was right, against 50 it was wrong"
+
+
+def test_what_the_document_says_of_the_committed_run_is_what_it_found(report: ModuleType):
+    found = report.Findings(json.loads((BENCHMARKS / "results" / "long_range.json").read_text()))
+    counts = found.agreement(found.tasks, found.nets)["counts"]
+    reached, others = counts[True, True] + counts[True, False], counts[False, True] + counts[False, False]
+    text = " ".join((BENCHMARKS.parent / "docs" / "insight.md").read_text().split())
+    assert f"{counts[True, True]} of {reached} solved their task; of the others, {counts[False, True]} of" in text
+    assert f"of the others, {counts[False, True]} of {others}." in text
+    assert f"in {100 * found.agreement(['order'], found.nets)['ranking']:.0f} % of pairs" in text
+    far = [one for one in found.results if one["task"] == "order" and one["length"] >= 200 and one["solved"]]
+    assert far
+    assert all(found.reached(one) for one in far)
+    assert found.longest("adding", "gru", lambda one: one["solved"]) == 500

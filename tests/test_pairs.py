@@ -149,6 +149,15 @@ def test_too_many_losses_are_taken_in_groups_and_the_sums_stay_the_same() -> Non
         np.testing.assert_allclose(grouped.shares[name], shares.reshape(3, 2, STEPS).sum(1), atol=1e-12)
 
 
+def test_a_long_sequence_is_taken_in_groups_unasked_and_told() -> None:
+    layer = Recurrent(Elman, 1, 1)
+    (found,) = pairs(layer, torch.ones(1100, 1, 1), lambda result: result[0].sum(-1))
+    assert found.width == 62  # 18 terms of 1100 steps each are what 20000 steps back allow
+    assert found.shares["weight_hh"].shape == (18, 1100)
+    assert "62 steps at a time" in found.measured
+    assert found.shares["weight_hh"].sum() == pytest.approx(1.0, abs=1e-10)
+
+
 def test_frozen_weights_are_looked_into_and_the_model_is_left_alone() -> None:
     torch.manual_seed(0)
     model = nn.LSTM(3, UNITS)

@@ -448,6 +448,12 @@ def test_every_cell_is_served_and_what_lies_past_an_end_is_not_read(name: str) -
         assert found.verdict == again.verdict
 
 
+def test_a_long_sequence_is_looked_at_at_fewer_times_and_told() -> None:
+    (found,) = reach(Recurrent(Elman, 1, 1), torch.ones(1100, 1, 1), lambda result: result[0].sum(-1), probes=1)
+    assert "the losses at 3 steps of each" in found.measured
+    assert found.gradient.rows[:2].tolist() == [3, 2]
+
+
 @dataclass(frozen=True)
 class Ragged:
     """One object that a model's forward takes."""

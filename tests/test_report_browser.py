@@ -93,7 +93,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
 
 SCREENS = pytest.mark.parametrize("width", [1280, 390])
-REPORTS = pytest.mark.parametrize(("report", "drawn"), [("comparison", 4), ("diagnosis", 19)])
+REPORTS = pytest.mark.parametrize(("report", "drawn"), [("comparison", 4), ("diagnosis", 21)])
 
 
 def show(browser: webdriver.Chrome, path: Path, width: int, media: str = "screen") -> None:

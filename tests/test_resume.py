@@ -52,8 +52,8 @@ def config(folder: Path, name: str) -> Config:
     (folder / name).mkdir(exist_ok=True)
     options = {
         **{"file": str(folder / "data.csv"), "sequence_id": "id", "target": "label", "run": folder / name / "RUN"},
-        **{"hidden_size": 3, "num_layers": 2, "dropout": 0.3, "epochs": 6, "batch_size": 5, "accumulate": 2},
-        **{"learning_rate": 0.03, "patience": 4, "validation_fraction": 0.2, "checkpoint_seconds": 0.0},
+        **{"hidden_size": 3, "num_layers": 2, "dropout": 0.3, "epochs": 8, "batch_size": 3, "accumulate": 2},
+        **{"learning_rate": 0.3, "patience": 4, "validation_fraction": 0.2, "checkpoint_seconds": 0.0},
     }
     return Config.resolve(options)
 
@@ -135,23 +135,27 @@ def undisturbed(folder: Path) -> tuple[dict[str, Any], int]:
 def test_ten_kills_at_random_moments_change_no_bit(folder: Path, undisturbed: tuple[dict[str, Any], int]):
     expected, stations = undisturbed
     moments = random.Random(11)
-    killed = config(folder, "killed")
-    path, kills = killed.run or Path(), 0
-    while not path.exists():
-        # A short way each time, so that ten kills fit in before the end.
-        stop = killed_at(moments.randrange(2, stations // 5) if kills < KILLS else -1)
+    kills, reached = 0, []
+    while kills < KILLS:
+        killed = config(folder, f"killed-{kills}")
+        path = killed.run or Path()
+        while not path.exists():
+            # A short way each time, so that several kills fit in before the end.
+            stop = killed_at(moments.randrange(2, stations // 6) if kills < KILLS else -1)
 
-        def work(stop: Callable[[int], None] = stop) -> None:
-            with counted(stop):
-                fit(killed, resume=True)
+            def work(stop: Callable[[int], None] = stop, killed: Config = killed) -> None:
+                with counted(stop):
+                    fit(killed, resume=True)
 
-        ended = in_a_child(work)
-        assert ended in (0, signal.SIGKILL)
-        kills += ended == signal.SIGKILL
-    assert kills == KILLS
-    assert not runs.partial_of(path).exists()
-    assert essence(path) == expected
-    runs.load(path)
+            ended = in_a_child(work)
+            assert ended in (0, signal.SIGKILL)
+            if ended == signal.SIGKILL and runs.partial_of(path).exists():
+                reached.append((runs.partial_of(path) / runs.METRICS).read_bytes().count(b"\n"))
+            kills += ended == signal.SIGKILL
+        assert not runs.partial_of(path).exists()
+        assert essence(path) == expected
+        runs.load(path)
+    assert max(reached) > 2 > min(reached), "the epoch that is kept, and the first that clips, lie between the kills"
 
 
 def test_a_kill_at_any_step_of_the_ending_leaves_what_can_be_finished(

@@ -343,6 +343,7 @@ X = torch.zeros(B, I)
         (lambda s: s.step(X, reset=torch.zeros(B)), r"reset= holds torch.float32.*use reset.bool\(\)"),
         (lambda s: s.step(X, reset=[True, False]), r"reset= has shape \[2\]; this stream takes \[B\] = \[5\]"),
         (lambda s: s.step(X, reset=True), r"reset= has shape \[\]"),
+        (lambda s: s.step(X, reset="yes"), r"reset= cannot be read \("),
         (lambda s: s.step(X, outside={"gap": X}), "the outside inputs of LSTM: none; outside= holds gap"),
         (lambda s: torch.func.vmap(lambda x: s.step(x))(X.expand(2, B, I)), "has no memory of its own"),
         (lambda s: setattr(s, "state", torch.zeros(1, B, H)), r"the state is 1 value\(s\); LSTM wants 2 tensors"),

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
+from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
 from throughtime.tasks.model import SequenceModel, Shape, build, predict
 from throughtime.tasks.parts import Part
@@ -399,6 +400,20 @@ def test_from_any_snapshot_it_goes_on_to_the_same_bits(part: Part, recipe: Recip
         other, rest = trained(part, recipe, **options, resume_from=snapshot)
         assert told(rest) == told(epochs[len(epochs) - len(rest) :])
         assert same_bits(weights(other), weights(model))
+
+
+@pytest.mark.parametrize(
+    ("part", "recipe"),
+    [(first_sign(), Recipe(epochs=3, batch_size=4)), (signs_before(), Recipe(epochs=3, batch_size=4, truncate=3))],
+)
+def test_a_watch_changes_no_bit_and_stands_in_the_epochs(part: Part, recipe: Recipe):
+    plain, _ = trained(part, recipe)
+    model = model_for(part)
+    watched = list(train(model, part, recipe, seed=0, watch=Watch(model, per_step=model.shape.task == "tag", every=2)))
+    assert same_bits(weights(plain), weights(model))
+    records = [record for epoch in watched for record in epoch.watched]
+    assert [record["update"] for record in records] == list(range(1, sum(e.updates for e in watched) + 1, 2))
+    assert all(record["reach"] for record in records)
 
 
 def test_a_snapshot_of_another_model_is_refused():

@@ -211,6 +211,26 @@ def test_norms_that_explode_are_told_at_once_with_a_threshold_to_clip_at() -> No
     assert watch.suggested_clip == pytest.approx(1.9, abs=0.1)
 
 
+def test_a_watch_that_is_resumed_says_what_an_undisturbed_one_says() -> None:
+    norms = [1.0 + n / 50 for n in range(45)]
+    norms[30:33] = [500.0, math.inf, 700.0]
+
+    def told(stop: int | None) -> list[dict[str, Any]]:
+        watch, events = Watch(nn.Linear(1, 1)), []
+        for number, norm in enumerate(norms):
+            if number == stop:
+                state = json.loads(json.dumps(watch.state(), allow_nan=False))
+                watch = Watch(nn.Linear(1, 1))
+                watch.restore(state)
+            if event := watch.observe(norm, threshold=1.5):
+                events.append(event)
+        return events
+
+    undisturbed = told(None)
+    assert [event["update"] for event in undisturbed] == [31, 32]
+    assert all(told(stop) == undisturbed for stop in (5, 20, 31, 32, 33))
+
+
 def test_a_gradient_that_is_not_finite_stops_no_training() -> None:
     model = with_recurrent_weights(1e20)
     (event,) = trained(model, Watch(model), updates=1)

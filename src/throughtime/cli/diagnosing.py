@@ -42,7 +42,7 @@ def diagnose(
         found = look_into(loaded, data, needs=needs, rows=rows, command=command, on_part=on_part)
         on_part("the pictures")
         page = found.page()
-        html = render(page)
+        save(render(page), path)
     for paragraph in (f"{page.verdict}.", *page.findings):
         typer.echo(textwrap.fill(paragraph, width=100) + "\n")
     for chapter in page.chapters[:1]:
@@ -51,7 +51,6 @@ def diagnose(
     for number, remedy in enumerate(page.remedies, start=1):
         typer.echo(textwrap.fill(f"{number}. {remedy.name}. {remedy.why}", width=100))
         typer.echo(textwrap.indent(remedy.call, "     ") + "\n")
-    save(html, path)
     typer.echo(f"Report: {path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -90,7 +91,7 @@ def fit(
     """Train a network on DATA and keep it in a run folder, with its score on sequences that it has never seen."""
     from throughtime.tasks.config import Config
     from throughtime.tasks.fitting import fit as train
-    from throughtime.tasks.runs import configuration_of
+    from throughtime.tasks.runs import configuration_of, partial_of
 
     options = _typed(context.params)
     if resume and run is None:
@@ -105,8 +106,13 @@ def fit(
         resolved = replace(resolved, run=_unused(resolved))
     for notice in resolved.overridden:
         say(notice)
-    with training() as on_event:
-        finished = train(resolved, resume=resume, on_event=on_event)
+    try:
+        with training() as on_event:
+            finished = train(resolved, resume=resume, on_event=on_event)
+    except KeyboardInterrupt:
+        if resolved.run is not None and partial_of(resolved.run).exists():
+            say(f"broken off; `throughtime fit --resume --run {shlex.quote(str(resolved.run))}` goes on from here")
+        raise
     _print(finished)
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import typer
+
+from throughtime.errors import ThroughtimeError
 
 if TYPE_CHECKING:
     from throughtime.insight.report import Table
@@ -43,34 +46,32 @@ def training() -> Iterator[Callable[[Event], None]]:
     from throughtime.tasks.fitting import Notice
     from throughtime.tasks.training import Epoch
 
-    columns = ("epoch {task.fields[epoch]}", "loss {task.fields[loss]}", "score {task.fields[score]}")
-    speed, left = TextColumn("{task.fields[speed]} steps/s"), TimeRemainingColumn()
+    told, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
     screen = Console(stderr=True)
     with Progress(
-        TextColumn(columns[0]),
+        told,
         BarColumn(),
-        *map(TextColumn, columns[1:]),
-        speed,
-        left,
+        numbers,
+        TimeRemainingColumn(),
         console=screen,
         transient=True,
         disable=not screen.is_terminal,
     ) as progress:
-        bar = progress.add_task("", total=1.0, epoch="", loss="", score="", speed="")
+        bar = progress.add_task("reading the data", total=1.0, numbers="")
+        score = ""
 
         def on_event(event: Event) -> None:
+            nonlocal score
             if isinstance(event, Notice):
                 say(event.text)
             elif isinstance(event, Epoch):
-                score = "none" if event.score is None else f"{event.score:.1%}"
-                progress.update(bar, score=score)
+                score = "" if event.score is None else f"score {event.score:.1%}  "
             else:
                 progress.update(
                     bar,
                     completed=event.done,
-                    epoch=f"{event.epoch}/{event.epochs}",
-                    loss=f"{event.loss:.4g}",
-                    speed=f"{event.steps_per_second:,.0f}",
+                    description=f"epoch {event.epoch}/{event.epochs}",
+                    numbers=f"loss {event.loss:.4g}  {score}{event.steps_per_second:,.0f} steps/s",
                 )
 
         yield on_event
@@ -83,6 +84,18 @@ def waiting(doing: str) -> Iterator[None]:
 
     with Console(stderr=True).status(doing):
         yield
+
+
+@contextmanager
+def standard_output() -> Iterator[BinaryIO]:
+    """Where answers go that have no file; a disk that is full is refused, a reader that has left is not an error."""
+    try:
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    except BrokenPipeError:
+        raise  # typer ends quietly
+    except OSError as error:
+        raise ThroughtimeError(f"standard output: cannot be written ({error.strerror}); send it elsewhere") from error
 
 
 def say(notice: str) -> None:

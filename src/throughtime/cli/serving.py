@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from throughtime.cli.screen import print_table, say, waiting
+from throughtime.cli.screen import print_table, say, standard_output, waiting
 
 if TYPE_CHECKING:
     from throughtime.tasks.serving import Evaluation
@@ -79,7 +79,8 @@ def predict(
     for notice in answers.notices:
         say(notice)
     if out is None:
-        sys.stdout.buffer.write(serving.as_jsonl(answers))
+        with standard_output() as stdout:
+            stdout.write(serving.as_jsonl(answers))
     else:
         serving.write(answers, out)
         typer.echo(f"{out}: answers to {len(answers.ids):,} sequences")
@@ -109,7 +110,8 @@ def stream(
     else:
         then = "a new one is refused" if when_full == "refuse" else "the one silent for longest is forgotten"
         say(f"at most {most:,} states are kept, one for an id, {each}; beyond that {then}")
-    serve(streams, sys.stdin.buffer, sys.stdout.buffer)
+    with standard_output() as stdout:
+        serve(streams, sys.stdin.buffer, stdout)
 
 
 def _named(**columns: str | None) -> dict[str, str]:

@@ -92,7 +92,8 @@ class Diagnosis:
     """All that is known of a network: before training, after it, or both.
 
     `norms` are those of all gradients together on some mini-batches of the data, and `clip` a threshold suggested from
-    them. `by_step` says whether there is a loss at every step; `asked` which losses the pairs are of, in words.
+    them. `by_step` says whether there is a loss at every step; `asked` which losses the pairs are of, in words;
+    `again` is the command that trains it once more, to which remedies add their options.
     """
 
     cell: str
@@ -104,6 +105,7 @@ class Diagnosis:
     clip: float | None = None
     by_step: bool = False
     asked: str = ""
+    again: str = "throughtime fit DATA"
 
     def __post_init__(self) -> None:
         if self.before is None and self.after is None:

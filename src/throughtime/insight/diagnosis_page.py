@@ -29,6 +29,9 @@ from throughtime.insight.verdict import (
 MOST = 6
 """Pictures of one kind; what is left out is said."""
 
+MOST_LAYERS = 4
+"""Layers and directions whose dynamics are drawn; what is left out is said."""
+
 MOST_POINTS = 3
 """Fixed and slow points in one picture, the slowest ones; what is left out is said."""
 
@@ -195,10 +198,10 @@ def _pace(found: Reach) -> str:
 def _pairs(diagnosis: Diagnosis) -> Chapter:
     shown = [found for found in diagnosis.now.pairs if not found.scalar][:MOST]
     pictures = [_heat_map(diagnosis, found) for found in shown]
-    pictures += [_uses(diagnosis, found) for found in diagnosis.now.pairs[: MOST - 1]]
+    pictures += [_uses(diagnosis, found) for found in diagnosis.now.pairs[:MOST]]
     words = [diagnosis.asked] if diagnosis.asked and shown else []
-    if (left_out := len(diagnosis.now.pairs) - MOST + 1) > 0:
-        words.append(f"The first {MOST - 1} layers and directions are drawn; {left_out} are not.")
+    if (left_out := len(diagnosis.now.pairs) - MOST) > 0:
+        words.append(f"The first {MOST} layers and directions are drawn, {left_out} left out.")
     return Chapter("Which step hears which", words, pictures=pictures)
 
 
@@ -279,13 +282,13 @@ def _of_place(diagnosis: Diagnosis, place: Place) -> str:
 
 
 def _dynamics(diagnosis: Diagnosis) -> Chapter:
-    shown = diagnosis.now.dynamics[: MOST // 2]
+    shown = diagnosis.now.dynamics[:MOST_LAYERS]
     pictures = [_singular_values(diagnosis, place, found) for place, found in shown]
     if diagnosis.now.dynamics:
         pictures += [_exponents(diagnosis), *_eigenvalues(diagnosis)]
     words = []
     if (left_out := len(diagnosis.now.dynamics) - len(shown)) > 0:
-        words.append(f"Singular values of the first {len(shown)} layers and directions are drawn; {left_out} are not.")
+        words.append(f"Singular values of the first {len(shown)} layers and directions are drawn, {left_out} left out.")
     return Chapter("One step, over and over", words, pictures=pictures)
 
 
@@ -335,7 +338,7 @@ def _exponents(diagnosis: Diagnosis) -> Picture:
 
 
 def _eigenvalues(diagnosis: Diagnosis) -> Iterator[Picture]:
-    for place, found in diagnosis.now.dynamics[: MOST // 2]:
+    for place, found in diagnosis.now.dynamics[:MOST_LAYERS]:
         if not found.fixed_points:
             continue
         points = {}

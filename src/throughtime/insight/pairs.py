@@ -24,8 +24,9 @@ from throughtime.nn.layout import within
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TERMS = 128
-"""Into how many terms a loss over time is taken apart; longer sequences have several steps to a term."""
+TERMS, FEWEST_TERMS, MOST_PASSED = 128, 16, 20_000
+"""Into how many terms a loss over time is taken apart unless something else is asked for: 128 at most, or in long
+sequences fewer, so that the ways back, each of a sequence's length, come to no more than 20000 steps."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +66,7 @@ def pairs(
     batch: Any,
     loss: Callable[[Any], Tensor],
     *,
-    terms: int = TERMS,
+    terms: int | None = None,
     dtype: torch.dtype | None = torch.float64,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Pairs]:
@@ -73,17 +74,17 @@ def pairs(
 
     `batch` and `loss` are as for `reach`: with the losses of each step [T, B] the terms are those of the loss at step i
     through step k, where losses past a row's end are not used; with one number, or the losses of each row [B], there
-    is one term for each k. A loss of more than `terms` steps has its terms in groups of neighbouring steps, which
-    `Pairs.width` and `Pairs.measured` tell. The model runs on a copy, in `dtype`.
+    is one term for each k. A loss of more than `terms` steps (by default 128, in long sequences fewer) has its terms in
+    groups of neighbouring steps, which `Pairs.width` and `Pairs.measured` tell. The model runs on a copy, in `dtype`.
 
     Raises ThroughtimeError as `reach` does.
     """
-    if terms < 1:
+    if terms is not None and terms < 1:
         raise ThroughtimeError(f"terms is {terms}; give a whole number from 1")
     run = rehearse(model, batch, loss, dtype=dtype, values=True)
     losses = checked_losses(run)
     scalar = losses.dim() < 2
-    width = 1 if scalar else -(-len(losses) // terms)
+    width = 1 if scalar else -(-len(losses) // (terms or _affordable(len(losses))))
     parts = [losses.sum()] if scalar else _parts(losses, lengths_of(run.records[0]), width)
     passes = Progress(len(parts) + 1, on_progress)
     whole = _adjoints(run.records, torch.stack(parts).sum())
@@ -107,6 +108,10 @@ def pairs(
         )
         for place, one in zip(run.places, sums, strict=True)
     ]
+
+
+def _affordable(steps: int) -> int:
+    return min(TERMS, max(FEWEST_TERMS, MOST_PASSED // steps))
 
 
 def _parts(losses: Tensor, lengths: Tensor, width: int) -> list[Tensor]:

@@ -177,8 +177,9 @@ class Reach:
 THRESHOLD = 1e-3
 """Below this share of what it was, a gradient counts as not arriving."""
 
-TIMES = 8
-"""At how many steps of each row losses and states are looked at, unless more is asked for."""
+TIMES, FEWEST_TIMES, MOST_PASSED = 8, 2, 4000
+"""At how many steps of each row losses and states are looked at unless something else is asked for: 8, or in long
+sequences fewer, so that the ways back, that many times the sequence, come to no more than 4000 steps."""
 
 PROBES = 8
 """How many random directions stand for a state's numbers. A single norm is then right within about a quarter, and the
@@ -277,7 +278,7 @@ def reach(
     loss: Callable[[Any], Tensor],
     needs: int | None = None,
     *,
-    times: int = TIMES,
+    times: int | None = None,
     probes: int = PROBES,
     threshold: float = THRESHOLD,
     seed: int = 0,
@@ -288,8 +289,9 @@ def reach(
 
     `batch` is what the model's forward takes: a tuple of positional arguments, a dict of keywords, or one object.
     `loss` is called with the model's output and returns either the losses of each step [T, B], whose gradients are then
-    followed back from `times` steps of every row, evenly spread; or the losses of each row [B], or one number, the
-    rows' sum or mean: then lags count from each row's end. Losses past a row's end are not used.
+    followed back from `times` steps of every row, evenly spread (by default 8, in long sequences fewer); or the losses
+    of each row [B], or one number, the rows' sum or mean: then lags count from each row's end. Losses past a row's end
+    are not used.
 
     `needs` is the lag that the task needs. By default that is from the first step to the last, where the loss is not
     given by step (of half of the rows, where their lengths differ), and unknown where it is. `threshold` is the share
@@ -307,11 +309,14 @@ def reach(
     gradients that are not finite.
     """
     for name, number in {"times": times, "probes": probes}.items():
-        if number < 1:
+        if number is not None and number < 1:
             raise ThroughtimeError(f"{name} is {number}; give a whole number from 1")
     run = rehearse(model, batch, loss, dtype=dtype)
     losses = checked_losses(run)
     per_step = losses.dim() == 2
+    if times is None:
+        longest = max(record.problem.steps for record in run.records)
+        times = min(TIMES, max(FEWEST_TIMES, MOST_PASSED // longest))
     passes = Progress((times if per_step else 1) + times * len(run.records), on_progress)
     if per_step:
         backward, at_end = _of_loss(run.records, losses, times, passes), [True] * len(run.records)

@@ -44,6 +44,8 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def headline(diagnosis: Diagnosis) -> str:
     """The verdict in one sentence: whether the gradient arrives, before training and after."""
     cell, found = diagnosis.cell, diagnosis.now.farthest
+    if _untold(found):
+        return f"Whether {cell} reaches back {_steps(found.needs or 0)} cannot be told: no sequence here is so long"
     before = None if diagnosis.before is None else diagnosis.before.farthest
     if before is None or diagnosis.after is None:
         untrained = " before it has seen data" if diagnosis.after is None else ""
@@ -78,8 +80,9 @@ def remedies(diagnosis: Diagnosis) -> list[Remedy]:
 
 
 def ask_for_remedies(seen: Seen) -> bool:
-    """Whether there is anything to mend in how far it reaches."""
-    return vanishes(seen.farthest) or explodes(seen.farthest)
+    """Whether the numbers ask for another beginning or cell: it explodes, or loses what is known to be needed."""
+    found = seen.farthest
+    return explodes(found) or (found.needs is not None and vanishes(found))
 
 
 def vanishes(found: LayerReach) -> bool:
@@ -87,6 +90,11 @@ def vanishes(found: LayerReach) -> bool:
     if found.needs is None:
         return found.lost_at is not None
     return found.at_needs < found.threshold or (found.lost_at is not None and found.lost_at <= found.needs)
+
+
+def _untold(found: LayerReach) -> bool:
+    """Whether the lag that is needed is longer than any sequence, and nothing shorter settles it."""
+    return found.needs is not None and math.isnan(found.at_needs) and not vanishes(found) and not explodes(found)
 
 
 def explodes(found: LayerReach) -> bool:
@@ -119,8 +127,11 @@ def listing(texts: Sequence[str]) -> str:
 
 def _fading(found: LayerReach) -> str:
     pace = f"its gradient {found.gradient.pace}" if found.half_life > 0 else "its gradient fades"
-    if found.needs is None or math.isnan(found.at_needs):
-        return f"{pace}, and is under {amount(found.threshold)} after {_steps(found.lost_at or 0)}"
+    under = f"is under {amount(found.threshold)} after {_steps(found.lost_at or 0)}"
+    if found.needs is None:
+        return f"{pace} and {under}; whether that is far enough, the task decides"
+    if math.isnan(found.at_needs):
+        return f"{pace} and {under}, of {found.needs} that are needed"
     return f"{pace}, and {_steps(found.needs)} are needed"
 
 
@@ -136,8 +147,6 @@ def _reaching(found: LayerReach) -> str:
         return (
             f"{amount(found.gradient.at(last))} of the gradient is left over {_steps(last)}, the longest way there is"
         )
-    if math.isnan(found.at_needs):
-        return f"its gradient {found.gradient.pace}; no sequence here is long enough to try {_steps(found.needs)}"
     return f"{amount(found.at_needs)} of the gradient is left over the {_steps(found.needs)} that are needed"
 
 
@@ -150,6 +159,8 @@ def _backward(diagnosis: Diagnosis) -> str:
     if diagnosis.before is not None and diagnosis.after is not None:
         early = next((one for one in diagnosis.before.reach if one.place == found.place), diagnosis.before.farthest)
         said += f" Before training: {early.gradient.pace}."
+    if found.needs is None:
+        said += " How far back the task reaches is not known (--needs), so nothing was tried to reach farther."
     return said
 
 
@@ -171,8 +182,9 @@ def _long_run(diagnosis: Diagnosis) -> str:
         return ""
     place, found = max(seen.dynamics, key=lambda one: float(one[1].exponents[0]))
     largest = float(found.exponents[0])
-    trend = "fade" if largest < 0 else "grow: along these sequences the network is chaotic" if largest > 0 else "stay"
-    said = f"Small changes of the state {trend}: the largest Lyapunov exponent is {largest:+.3g} nats a step"
+    trend = "fade" if largest < 0 else "grow" if largest > 0 else "stay"
+    said = f"Along these sequences, small changes of the state {trend}:"
+    said += f" the largest Lyapunov exponent is {largest:+.3g} nats a step"
     said += f" ({place_name(place, diagnosis)})." if len(seen.dynamics) > 1 else "."
     peak = int(np.nanargmax(found.log_singular_values[:, 0]))
     top = float(found.log_singular_values[peak, 0])
@@ -320,7 +332,7 @@ def _clipping(diagnosis: Diagnosis) -> Iterator[Remedy]:
     yield Remedy(
         f"Clip the gradients at {clip:.2g}",
         f"{why}. {clip:.2g} is the 90th percentile of the norms seen: most updates stay as they are.",
-        f"throughtime fit DATA --clip {clip:.2g}",
+        f"{diagnosis.again} --clip {clip:.2g}",
     )
 
 
@@ -339,7 +351,7 @@ def _truncation(diagnosis: Diagnosis) -> Iterator[Remedy]:
             f"Truncate later than after {window} steps",
             f"Back-propagation is cut into windows of {_steps(window)}, and {_steps(diagnosis.needs)} are needed: no"
             " gradient can go that far, whatever the cell.",
-            f"throughtime fit DATA --truncate {diagnosis.needs + 1}",
+            f"{diagnosis.again} --truncate {diagnosis.needs + 1}",
         )
     elif window is None and diagnosis.by_step and diagnosis.needs is None and found.lost_at is not None:
         longest = len(found.gradient.share)
@@ -349,7 +361,7 @@ def _truncation(diagnosis: Diagnosis) -> Iterator[Remedy]:
                 f"Truncate after {spared} steps, if memory is short",
                 f"No gradient lasts longer than {_steps(found.lost_at)} of the {longest}: windows of twice that lose"
                 " next to nothing of it, and store so much less. It does not make the network remember longer.",
-                f"throughtime fit DATA --truncate {spared}",
+                f"{diagnosis.again} --truncate {spared}",
             )
 
 
@@ -363,7 +375,7 @@ def _saturation(diagnosis: Diagnosis) -> Iterator[Remedy]:
         "Smaller steps, and weights kept small",
         f"{_gate_name(place, gate, diagnosis)} is at its ends {amount(gate.saturated)} of the time, where its slope"
         " and so its gradient is next to nothing.",
-        "throughtime fit DATA --learning-rate 5e-4 --weight-decay 0.1",
+        f"{diagnosis.again} --learning-rate 5e-4 --weight-decay 0.1",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -153,6 +153,22 @@ class Watch:
     def suggested_clip(self) -> float:
         """A norm to clip at, from the norms seen; see `suggest_clip`, which also says what it raises."""
         return suggest_clip(self.norms)
+
+    def state(self) -> dict[str, Any]:
+        """All that decides what is said next, as plain values ready for JSON, for a training that is to be resumed."""
+        return {
+            "updates": self.updates,
+            "norms": [_finite(norm) for norm in self.norms],
+            "usual": _finite(self._usual),
+            "clipped": list(self._clipped),
+            "warned": dict(self._warned),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a `state`, so that a resumed training says what an undisturbed one would."""
+        self.updates, self._clipped, self._warned = state["updates"], list(state["clipped"]), dict(state["warned"])
+        self.norms = deque((math.inf if norm is None else norm for norm in state["norms"]), maxlen=SEEN)
+        self._usual = math.nan if state["usual"] is None else state["usual"]
 
     # -- what is seen -------------------------------------------------------------------------------------------------
 

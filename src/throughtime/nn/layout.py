@@ -7,13 +7,14 @@ refuses `lengths=` and `reset=`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from throughtime.engine import recurrence
@@ -65,11 +66,11 @@ class Layout:
 
     def rows_in(self, tensor: Tensor, dim: int) -> Tensor:
         """The rows, along `dim`, in the engine's order."""
-        return tensor if self.order is None else tensor.index_select(dim, self.order)
+        return tensor if self.order is None else _permuted(tensor, dim, self.order, self.back)
 
     def rows_out(self, tensor: Tensor, dim: int) -> Tensor:
         """The rows, along `dim`, in the caller's order."""
-        return tensor if self.back is None else tensor.index_select(dim, self.back)
+        return tensor if self.back is None else _permuted(tensor, dim, self.back, self.order)
 
     def outputs_out(self, output: Tensor) -> Tensor | PackedSequence:
         """The engine's outputs [T, B, features] as the caller gave the input: padded, packed or without a batch."""
@@ -94,6 +95,30 @@ class Layout:
         assert self.packed is not None
         order = self.packed.sorted_indices
         return output if order is None else output.index_select(1, order)
+
+
+class _Permutation(torch.autograd.Function):
+    """Rows in another order, each once: its adjoint selects too, where torch's would add row to row."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, dim: int, order: Tensor, back: Tensor) -> Tensor:
+        ctx.dim = dim
+        ctx.save_for_backward(back)
+        return tensor.index_select(dim, order)
+
+    @staticmethod
+    def backward(ctx: Any, adjoint: Tensor) -> tuple[Tensor, None, None, None]:
+        (back,) = ctx.saved_tensors
+        return adjoint.index_select(ctx.dim, back), None, None, None
+
+
+def _permuted(tensor: Tensor, dim: int, order: Tensor, back: Tensor | None) -> Tensor:
+    """The rows, along `dim`, in an order that `back` undoes."""
+    plain = back is not None and tensor.requires_grad and not torch.compiler.is_compiling()
+    if not plain or torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        return tensor.index_select(dim, order)
+    permuted: Tensor = _Permutation.apply(tensor, dim, order, back)
+    return permuted
 
 
 def arrange(x: Tensor | PackedSequence, lengths: Lengths | None, batch_first: bool) -> tuple[Layout, Tensor]:
@@ -178,13 +203,22 @@ def _pack_like(packed: PackedSequence, output: Tensor) -> PackedSequence:
     return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
+def listed(lengths: Lengths) -> list[Any]:
+    """The entries of `lengths=`, whatever they are. Raises ShapeError for what holds none."""
+    values: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    if isinstance(values, int | float):
+        return [values]
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
+        raise ShapeError(f"lengths= is {type(values).__name__}; give one integer for each sequence")
+    return list(values)
+
+
 def read_lengths(lengths: Lengths, steps: int, rows: int) -> tuple[int, ...]:
     """The steps of each row as plain numbers, from a list, an array or a tensor of any integer type on any device.
 
     Raises ShapeError, naming the row, for a wrong count, a number outside 0..T, or what is not an integer.
     """
-    listed = lengths.tolist() if hasattr(lengths, "tolist") else lengths
-    numbers = [listed] if isinstance(listed, int) else list(listed)
+    numbers = listed(lengths)
     if len(numbers) != rows:
         raise ShapeError(
             f"lengths= has {_counted(len(numbers), 'entry', 'entries')} and the batch "
@@ -224,7 +258,10 @@ def shape_text(names: Sequence[str], sizes: Sequence[object]) -> str:
 
 def read_reset(reset: Tensor, layout: Layout, device: torch.device) -> Tensor:
     """The caller's mask as the engine's [T, B]. Raises ShapeError for another shape, or for what is not boolean."""
-    mask = torch.as_tensor(reset, device=device)
+    try:
+        mask = torch.as_tensor(reset, device=device)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ShapeError(f"reset= cannot be read ({error}); it says true or false for each step") from error
     if mask.dtype != torch.bool:
         raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each step (use reset.bool())")
     if tuple(mask.shape) != layout.step_shape:

@@ -136,7 +136,10 @@ class Stream:
 
     def _read_reset(self, reset: Any) -> Tensor:
         """Which rows return to their initial states, [B]."""
-        mask = torch.as_tensor(reset, device=self._snapshot.device)
+        try:
+            mask = torch.as_tensor(reset, device=self._snapshot.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ShapeError(f"reset= cannot be read ({error}); it says true or false for each row") from error
         shape = (self._rows,) if self._is_batched else ()
         if mask.dtype != torch.bool:
             raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each row (use reset.bool())")

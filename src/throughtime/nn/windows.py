@@ -16,7 +16,7 @@ from torch import Tensor
 
 from throughtime.errors import ShapeError, ThroughtimeError
 from throughtime.nn.dropout import Masks
-from throughtime.nn.layout import Lengths, State
+from throughtime.nn.layout import Lengths, State, listed
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,7 @@ def _short(value: Any) -> str:
 
 def _read_lengths(lengths: Lengths) -> tuple[int, ...]:
     """The steps of each stream as plain numbers."""
-    listed = lengths.tolist() if hasattr(lengths, "tolist") else lengths
-    numbers = [listed] if isinstance(listed, int) else list(listed)
+    numbers = listed(lengths)
     if not numbers:
         raise ShapeError("lengths= is empty; give one length for each stream")
     for row, number in enumerate(numbers):

@@ -44,8 +44,8 @@ def is_list_of_sequences(x: object) -> bool:
 
     A list of plain lists of numbers, all of one length, is the table that it would be as an array.
     """
-    if isinstance(x, np.ndarray):
-        return x.ndim == 1 and x.dtype == object
+    if hasattr(x, "dtype"):  # an array, or pandas' Series
+        return x.ndim == 1 and x.dtype == object  # type: ignore[attr-defined]
     if not isinstance(x, list | tuple) or any(each is None or (np.isscalar(each) and each != str(each)) for each in x):
         return False
     return not x or not _is_table(x)
@@ -91,7 +91,8 @@ def read_list(x: Sequence[Any]) -> Given:
     Of a data frame, columns of numbers are features and all others are symbols; words may be tuples of words, one for
     each column. Raises DataError, with the sequence's place in the list, for whatever would have to be guessed.
     """
-    if not len(x):
+    x = list(x)
+    if not x:
         raise DataError("X holds no sequences; give one or more")
     if isinstance(x[0], str):
         raise DataError("X[0] is a text, not a sequence of steps; split it, for instance into words: text.split()")

@@ -17,6 +17,7 @@ from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.diagnosis import TIMES, Diagnosis, Other, Training, Trial, look, try_remedies
 from throughtime.insight.diagnosis_page import page
+from throughtime.insight.failure import first_failure
 from throughtime.insight.report import Page
 from throughtime.insight.verdict import ask_for_remedies
 from throughtime.nn import LastStep
@@ -26,7 +27,7 @@ from throughtime.tasks.encoding import Encoder, encode
 from throughtime.tasks.model import SequenceModel, build, loss_sum
 from throughtime.tasks.parts import Batch, Part
 from throughtime.tasks.reading import read
-from throughtime.tasks.runs import LoadedRun
+from throughtime.tasks.runs import CONFIG, LoadedRun
 from throughtime.tasks.serving import read_for
 
 MOST_STEPS = 10_000
@@ -106,6 +107,12 @@ def diagnose(
     loss = _losses_by_step(batch) if tag else _losses_by_row(batch)
     if needs is None and not tag:
         needs = max(1, int(batch.lengths.median()) - 1)
+    on_part("numbers that are not finite")
+    if (failure := first_failure(run.model, batch, loss)) is not None:
+        raise ThroughtimeError(
+            f"{source}: what the network computes is not finite: {failure}; give data like that of its training"
+            " (--data), or train it again with smaller steps"
+        )
     untrained = build(run.model.recurrent.cell, run.model.shape, seed=run.configuration.seed).eval()
     before = look(
         untrained,
@@ -146,6 +153,7 @@ def diagnose(
         clip=_suggested(norms),
         by_step=tag,
         asked="" if tag else ASKED,
+        again=_again(run),
     )
     picked = f"{len(chosen)} of {len(part):,} sequences, evenly chosen, of {source}"
     return Examined(run, diagnosis, picked, command)
@@ -213,16 +221,21 @@ def _asked(model: SequenceModel, batch: Batch) -> tuple[nn.Module, Callable[[Any
 # What else there is to know
 
 
+def _again(run: LoadedRun) -> str:
+    """The command that makes the run once more."""
+    return f"throughtime fit --config {shlex.quote(str(run.path / CONFIG))}"
+
+
 def _gated(run: LoadedRun, needs: int | None) -> list[Other]:
     """Gated cells in the place of the run's own, drawn with its seed; and again with memories of the length needed."""
     cell, shape = run.model.recurrent.cell, dataclasses.replace(run.model.shape, proj_size=0)
-    seed, file = run.configuration.seed, run.configuration.data.file
+    seed = run.configuration.seed
     found = []
     for name in GATED:
         other = CELLS[name]
         if other.hash == cell.hash:
             continue
-        call = f"throughtime fit {shlex.quote(file)} --cell {name}"
+        call = f"{_again(run)} --cell {name}"
         found.append(Other(f"A gated cell: {other.name}", other.name, call, build(other, shape, seed=seed).eval()))
         if needs is not None and needs > 1:
             model = build(other, shape, seed=seed).eval()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from operator import index
 from typing import Any, Literal
 
 import numpy as np
@@ -13,6 +12,7 @@ from sklearn.model_selection import train_test_split
 from sklearn.utils import assert_all_finite, check_array, check_consistent_length, check_random_state, column_or_1d
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
 
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
@@ -48,7 +48,7 @@ class _SequenceEstimator(BaseEstimator):
         weight_decay: float = 0.0,
         clip: float | Literal["auto"] | None = "auto",
         patience: int | None = None,
-        validation_fraction: float = 0.0,
+        validation_fraction: float = 0.15,
         random_state: int | np.random.RandomState | None = None,
     ) -> None:
         self.cell = cell
@@ -82,11 +82,11 @@ class _SequenceEstimator(BaseEstimator):
         self.encoder_ = Encoder.fit(sequences, for_training)
         shape = Shape.fitting(
             self.encoder_,
-            hidden_size=index(self.hidden_size),  # a search hands over NumPy's integers
-            num_layers=index(self.num_layers),
-            bidirectional=bool(self.bidirectional),
-            dropout=self.dropout,
-            embedding_size=index(self.embedding_size),
+            hidden_size=_plain(self.hidden_size),
+            num_layers=_plain(self.num_layers),
+            bidirectional=_plain(self.bidirectional),
+            dropout=_plain(self.dropout),
+            embedding_size=_plain(self.embedding_size),
         )
         cell = self.cell if isinstance(self.cell, Cell) else find(self.cell)
         self.model_ = build(cell, shape, seed=seed)
@@ -97,28 +97,32 @@ class _SequenceEstimator(BaseEstimator):
     def _held_out(self, labels: Any, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Places of the sequences to train on and to validate on; a classifier's have the same mix of classes."""
         everything = np.arange(len(labels))
-        if not self.validation_fraction:
-            if self.patience is not None:
-                raise ThroughtimeError(
-                    "patience stops training by the score of held-out sequences, but validation_fraction is 0; give a"
-                    " share such as 0.15"
-                )
+        if self.patience is None:
             return everything, everything[:0]
+        if not 0 < self.validation_fraction < 1:
+            raise ThroughtimeError(f"validation_fraction is {self.validation_fraction}; give a share between 0 and 1")
         stratify = labels if self._task == "classify" else None
         kept, held = train_test_split(
             everything, test_size=self.validation_fraction, random_state=seed, stratify=stratify
         )
+        only_held = _among(labels, held) - _among(labels, kept)
+        if only_held:
+            raise DataError(
+                f"label {self.classes_[min(only_held)]!r} is only in sequences that were kept apart for patience; lower"
+                " validation_fraction, take another random_state, or train without patience"
+            )
         return np.sort(kept), np.sort(held)
 
     def _probabilities(self, given: Given) -> Any:
-        """For each sequence [classes], or [length, classes] when tagging; in float64, so that they add up to 1."""
+        """[sequences, classes], or a [length, classes] for each sequence to tag; float64 that adds up to 1."""
         if (given.features, given.symbol_columns) != (self.encoder_.features, self.encoder_.symbol_columns):
             raise DataError(
                 f"X has {_columns(given.features, given.symbol_columns)}, but {type(self).__name__} was fitted on"
                 f" {_columns(self.encoder_.features, self.encoder_.symbol_columns)}; give the same"
             )
         part = self.encoder_.part(_sequences(given, self._task, ()), None, labelled=False)
-        return probabilities(self.model_, part)
+        answers = probabilities(self.model_, part)
+        return _normalised(answers) if isinstance(answers, Tensor) else [_normalised(each) for each in answers]
 
 
 class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
@@ -136,7 +140,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
 
     Parameters are those of `throughtime.tasks.model.Shape` and `throughtime.tasks.training.Recipe`; `cell` is a name
     such as "gru", "module:name" or a `Cell`. With `patience`, training ends after so many epochs without a lower loss
-    on the `validation_fraction` of the sequences, which are then kept apart. `random_state` decides all that is drawn.
+    on `validation_fraction` of the sequences, which are kept apart for that; without it, all are trained on.
+    `random_state` decides all that is drawn.
 
     Attributes
     ----------
@@ -170,8 +175,8 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
     def predict_proba(self, X: Any, lengths: ArrayLike | None = None) -> NDArray[np.float64]:
         """Probabilities [n, classes], in the order of `classes_`."""
         check_is_fitted(self)
-        result: NDArray[np.float64] = self._probabilities(self._read(X, lengths)).numpy()
-        return result
+        shares: NDArray[np.float64] = self._probabilities(self._read(X, lengths))
+        return shares
 
     def predict(self, X: Any, lengths: ArrayLike | None = None) -> Labels:
         """The most likely label of each sequence: [n]."""
@@ -232,7 +237,7 @@ class SequenceTagger(_SequenceEstimator):
     def predict_proba(self, X: Any, lengths: ArrayLike | None = None) -> Any:
         """Probabilities [steps, classes], for each sequence or for all rows of a recording."""
         check_is_fitted(self)
-        each = [tensor.numpy() for tensor in self._probabilities(self._read(X, lengths))]
+        each = self._probabilities(self._read(X, lengths))
         return each if _one_object_each(X) else np.concatenate(each)
 
     def predict(self, X: Any, lengths: ArrayLike | None = None) -> Any:
@@ -269,6 +274,23 @@ class SequenceTagger(_SequenceEstimator):
             if len(labels) != length and not (padded and len(labels) > length):
                 raise DataError(f"y[{i}] has {len(labels)} labels, but X[{i}] has {length} steps; give one a step")
         return np.concatenate([labels[:length] for labels, length in zip(parts, given.lengths, strict=True)])
+
+
+def _plain(value: Any) -> Any:
+    """A search hands over NumPy's numbers."""
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _among(labels: Any, places: NDArray[np.int64]) -> set[int]:
+    """The labels of the sequences at these places."""
+    return set(np.concatenate([np.atleast_1d(labels[i]) for i in places]).tolist())
+
+
+def _normalised(shares: Tensor) -> NDArray[np.float64]:
+    """In float64 and adding up to 1 in all its digits, as scikit-learn's scores ask of probabilities."""
+    exact = shares.double()
+    result: NDArray[np.float64] = (exact / exact.sum(-1, keepdim=True)).numpy()
+    return result
 
 
 def _is_padded(x: Any) -> bool:

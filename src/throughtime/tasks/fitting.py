@@ -21,6 +21,7 @@ from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import CellError, DataError, ThroughtimeError
+from throughtime.insight.watch import Watch
 from throughtime.tasks import card, runs
 from throughtime.tasks.baselines import baselines
 from throughtime.tasks.config import CELL_FILE, Config
@@ -208,8 +209,11 @@ def _train(run: Run, config: Config, encoded: Encoded, model: SequenceModel, say
         checkpoint=_Checkpoints(run, config.checkpoint_seconds),
         resume_from=start,
         on_update=say,
+        watch=Watch(model, per_step=encoded.task == "tag"),
     ):
         run.record({"kind": "epoch", **dataclasses.asdict(epoch)})
+        for warning in (warning for seen in epoch.watched for warning in seen["warnings"]):
+            say(Notice(warning))
         say(epoch)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from throughtime.errors import ThroughtimeError
+from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
 from throughtime.tasks.model import SequenceModel, bounded_batches, counted, loss_sum
 from throughtime.tasks.parts import Batch, Part
@@ -58,7 +59,7 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "learning_rate", "clip", "accumulate", "patience", "truncate"):
             value = getattr(self, name)
-            if value not in (None, "auto") and not 0 < value < math.inf:
+            if value not in (None, "auto") and (isinstance(value, str) or not 0 < value < math.inf):
                 raise ThroughtimeError(f"the {name.replace('_', ' ')} is {value}; give a number above 0")
         if not 0 <= self.weight_decay < math.inf:
             raise ThroughtimeError(f"the weight decay is {self.weight_decay}; give a number from 0")
@@ -81,7 +82,8 @@ class Epoch:
     `loss` is the mean over the sequences (tag: steps) as they were trained on, `seconds` the time of that alone, and
     `steps_per_second` counts real time steps. `score` is the share of right answers on the validation part and
     `validation_loss` its mean loss there; None without one. `norm` is the median norm of the gradients, `threshold`
-    where they are clipped by now (None: nowhere) and `clip_rate` the share of the updates that it changed.
+    where they are clipped by now (None: nowhere) and `clip_rate` the share of the updates that it changed. `watched`
+    holds what a `Watch` said of some updates (`insight.watch`).
     """
 
     loss: float
@@ -96,6 +98,7 @@ class Epoch:
     score: float | None = None
     validation_loss: float | None = None
     best: bool = False
+    watched: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,7 @@ class Tally:
     seconds: float = 0.0
     learning_rate: float = 0.0
     norms: list[float] = field(default_factory=list)
+    watched: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train(
@@ -157,30 +161,33 @@ def train(
     checkpoint: Callable[[Callable[[], Snapshot]], None] | None = None,
     resume_from: Snapshot | None = None,
     on_update: Callable[[Progress], None] | None = None,
+    watch: Watch | None = None,
 ) -> Iterator[Epoch]:
     """Train in place, yielding after every epoch; what the caller does in between is not timed.
 
     `seed` alone decides the order of the batches and dropout, and the caller's random numbers are left alone. After
     every update, and after every epoch once the caller has taken it, `checkpoint` is offered a function that takes a
     `Snapshot`; a training that is given one as `resume_from` goes on from there to the same bits. With `validation` and
-    `recipe.patience` the model ends with the weights of its best epoch.
+    `recipe.patience` the model ends with the weights of its best epoch. A `watch` on the model looks into some updates
+    and changes none; what it says stands in the epoch.
 
     Raises ThroughtimeError where the loss or a gradient is not finite, before any weight is touched by it, and for a
     `recipe.truncate` that the model cannot follow.
     """
-    training = Training(model, part, recipe, seed, validation)
+    training = Training(model, part, recipe, seed, validation, watch)
     if resume_from is not None:
         training.restore(resume_from)
-    while not training.finished:
-        for window in training.windows():
-            training.update(window)
-            if on_update is not None:
-                on_update(training.progress)
+    with watch or nullcontext():
+        while not training.finished:
+            for window in training.windows():
+                training.update(window)
+                if on_update is not None:
+                    on_update(training.progress)
+                if checkpoint is not None:
+                    checkpoint(training.snapshot)
+            yield training.end_epoch()
             if checkpoint is not None:
                 checkpoint(training.snapshot)
-        yield training.end_epoch()
-        if checkpoint is not None:
-            checkpoint(training.snapshot)
     training.restore_best()
 
 
@@ -231,9 +238,15 @@ class Training:
     """A training under way: everything that decides what comes next."""
 
     def __init__(
-        self, model: SequenceModel, part: Part, recipe: Recipe, seed: int, validation: Part | None = None
+        self,
+        model: SequenceModel,
+        part: Part,
+        recipe: Recipe,
+        seed: int,
+        validation: Part | None = None,
+        watch: Watch | None = None,
     ) -> None:
-        self.model, self.part, self.recipe, self.validation = model, part, recipe, validation
+        self.model, self.part, self.recipe, self.validation, self.watch = model, part, recipe, validation, watch
         self.device = _device_of(model)
         self.lengths = part.lengths
         if recipe.truncate is not None:
@@ -333,6 +346,7 @@ class Training:
             score=None if validated is None else validated.score,
             validation_loss=None if validated is None else validated.loss,
             best=validated is not None and self._keep_if_best(validated),
+            watched=tuple(tally.watched),
         )
         self.position, self.tally, self.order = 0, Tally(), self._next_order
         self.carried = self._padded = None
@@ -361,6 +375,7 @@ class Training:
                 "norms": list(self.norms),
                 "threshold": self.threshold,
                 "best": self.best,
+                "watch": None if self.watch is None else self.watch.state(),
             },
         )
 
@@ -382,6 +397,8 @@ class Training:
             self.epoch, self.position, self.updates = record["epoch"], record["position"], record["updates"]
             self.norms, self.threshold = list(record["norms"]), record["threshold"]
             self.tally, self.best = Tally(**record["tally"]), record["best"]
+            if self.watch is not None and record["watch"] is not None:
+                self.watch.restore(record["watch"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             reason = " ".join(str(error).split())
             raise ThroughtimeError(
@@ -417,6 +434,8 @@ class Training:
         norm = total.item()
         if not math.isfinite(norm):
             self._refuse(f"the norm of the gradients is {norm}")
+        if self.watch is not None and (seen := self.watch.observe(norm, self.threshold)):
+            self.tally.watched.append(seen)
         if self.threshold is not None and norm > self.threshold:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.threshold, total)
             self.tally.clipped += 1
