@@ -155,6 +155,8 @@ class Layer(torch.nn.Module):
                 outputs.append(output)
                 finals.append(states)
             x = torch.cat(outputs, -1) if self.bidirectional else outputs[0]
+        if len(finals) == 1:  # a view costs less than a copy, which short runs notice
+            return x, tuple(state.unsqueeze(0) for state in finals[0])
         return x, tuple(torch.stack(state) for state in zip(*finals, strict=True))
 
 
