@@ -19,7 +19,7 @@ from throughtime.engine.targets.kept import Again, Kept, Values
 from throughtime.engine.targets.setting import Crew, Setting
 from throughtime.engine.targets.sharing import Sharing
 from throughtime.equations import calculus
-from throughtime.equations.cell import Cell
+from throughtime.equations.cell import Cell, Parameter
 from throughtime.equations.expr import Node
 
 RING_BYTES = 384 * 1024
@@ -89,7 +89,17 @@ class BackwardSetting(Setting):
             others = self.crews[1:]
             self.parts[parameter.name] = [self.arena.bytes(tensor.numel() * self.item) if need else 0 for _ in others]
             self.part_tables[parameter.name] = self.arena.integers(self.parts[parameter.name] or [0])
+            for label, offset in self._gates(parameter, tensor):
+                self.put(f"{label}.stride", (tensor.shape[1] if parameter.is_matrix else 1) * self.item)
+                for crew, part in zip(others, self.parts[parameter.name], strict=True):
+                    for frame in crew:
+                        self.put_for(frame, f"{label}.base", part + offset if part else 0)
         self.put("sums", self.arena.bytes(8 + 32 * len(self.cell.parameters)))
+
+    def _gates(self, parameter: Parameter, tensor: Tensor) -> list[tuple[str, int]]:
+        """Each gate's name among the fields, and where its part of the parameter begins, in bytes."""
+        size = tensor.numel() // len(parameter.gates) * self.item
+        return [(f"d_weight:{parameter.namespace}.{gate}", i * size) for i, gate in enumerate(parameter.gates)]
 
     def _buffers(self) -> None:
         for buffer, slots in self.plan.slots.items():
@@ -304,17 +314,12 @@ class BackwardSetting(Setting):
         for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):
             d_parameter = memory.result(tensor.shape, self.dtype) if need else None
             self.d_parameters.append(d_parameter)
-            starts = [d_parameter.data_ptr() if d_parameter is not None else 0, *self.parts[parameter.name]]
-            columns_of = tensor.shape[1] if parameter.is_matrix else 1
-            size = tensor.shape[0] // len(parameter.gates) * columns_of * self.item
-            for i, gate in enumerate(parameter.gates):
-                label = f"d_weight:{parameter.namespace}.{gate}"
-                self.put(f"{label}.stride", columns_of * self.item)
-                for crew, start in zip(self.crews, starts, strict=True):
-                    for frame in crew:
-                        self.put_for(frame, f"{label}.base", start + i * size if start else 0)
+            start = d_parameter.data_ptr() if d_parameter is not None else 0
+            for label, offset in self._gates(parameter, tensor):
+                for frame in self.crews[0]:
+                    self.put_for(frame, f"{label}.base", start + offset if start else 0)
             if need:
-                entries += [starts[0], self.part_tables[parameter.name], len(starts) - 1, tensor.numel()]
+                entries += [start, self.part_tables[parameter.name], len(self.crews) - 1, tensor.numel()]
         entries[0] = len(entries) // 4
         ctypes.memmove(self.values["sums"], (ctypes.c_int64 * len(entries))(*entries), 8 * len(entries))
 
