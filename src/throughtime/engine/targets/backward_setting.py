@@ -28,6 +28,9 @@ RING_BYTES = 384 * 1024
 RING_ROWS = CHUNK
 """Rows that a block of the backward pass should have a multiple of: a sum is read and written once for each chunk."""
 
+READ_BYTES = 4_500_000
+"""Input weights of more than this, which each block reads whole for dx, are read for two chunks of rows at once."""
+
 MOST_RING_ROWS = 1024
 """The most rows of a block, so that no sum over rows becomes a long chain of roundings."""
 
@@ -43,7 +46,9 @@ def block_steps(problem: Problem, shared: Sharing) -> int:
     ]
     step = sum(slots * -(-units[width] // lanes) for slots, width in rings) * lanes * item * rows
     chunk = max(1, RING_ROWS // rows)
-    block = max(RING_BYTES // max(1, step) // chunk, 1) * chunk
+    pairs = zip(problem.cell.parameters, problem.parameters, strict=True)
+    read = sum(tensor.numel() * item for parameter, tensor in pairs if parameter.namespace == "W")
+    block = max(RING_BYTES // max(1, step) // chunk, 2 if read > READ_BYTES else 1) * chunk
     return max(1, min(problem.steps, block, MOST_RING_ROWS // rows))
 
 
