@@ -38,6 +38,7 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch):
     """Blocks of two steps, so that a short run has many; scratch that was never written holds NaN."""
     monkeypatch.setattr(backward_setting, "RING_ROWS", 8)
     monkeypatch.setattr(backward_setting, "RING_BYTES", 4096)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
     monkeypatch.setattr(cpu, "settings", Settings())
     poison(monkeypatch)
 
@@ -164,3 +165,12 @@ def test_what_is_kept_grows_with_the_root_of_the_steps():
     gc.collect()
     assert kept[64] > 0
     assert kept[1024] <= 4.5 * kept[64]
+
+
+def test_what_is_little_is_kept_whole_where_the_engine_chooses(monkeypatch: pytest.MonkeyPatch):
+    problem = random_problem(LSTM, steps=64, rows=2, input_size=3, hidden_size=16, dtype=torch.float32)
+    monkeypatch.setattr(cpu, "KEPT_BYTES", 1 << 20)
+    little = cpu.forward(replace(problem, segments="auto"), True).workspace
+    asked = cpu.forward(replace(problem, segments=8), True).workspace
+    assert little[0].shape[0] == 64
+    assert asked[0].shape[0] < 64

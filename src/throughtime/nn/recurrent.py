@@ -63,7 +63,8 @@ class Layer(torch.nn.Module):
 
         None keeps every step. With a number only the states at every so many steps are kept, and what lies between is
         computed again for the backward run: exact back-propagation through time, unlike truncation. "auto" takes about
-        the square root of the number of steps. A number is rounded up to whole blocks of the engine's, with a warning.
+        the square root of the number of steps, and keeps everything where that is less than 4 MB. A number is rounded
+        up to whole blocks of the engine's, with a warning.
         Set it at any time; ShapeError for anything else.
         """
         return self._segments

@@ -18,12 +18,15 @@ from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets import gang, llvm, segments
 from throughtime.engine.targets.backward_setting import BackwardSetting, block_steps
 from throughtime.engine.targets.compiled import listing
-from throughtime.engine.targets.forward_setting import ForwardSetting
+from throughtime.engine.targets.forward_setting import ForwardSetting, saved_bytes
 from throughtime.engine.targets.kept import Again, Kept
 from throughtime.engine.targets.setting import settings
 from throughtime.engine.targets.sharing import Sharing, sharing_of, sizes_of
 
 __all__ = ["backward", "forward", "listing", "refusal", "workspace_shapes"]
+
+KEPT_BYTES = 4 * 1024 * 1024
+"""A run that keeps no more than this is not worth the time of segments, where they are left to the engine ("auto")."""
 
 
 def refusal(problem: Problem) -> str | None:
@@ -69,7 +72,8 @@ def _prepared_forward(
 
 def _segment(problem: Problem, sizes: tuple[object, ...], say: bool = False) -> int:
     """Steps whose inside is kept, or computed anew, at once: all of them without segments."""
-    if problem.segments is None:
+    small = problem.segments == "auto" and saved_bytes(problem, problem.steps) <= KEPT_BYTES
+    if problem.segments is None or small:
         return problem.steps
     block = block_steps(problem, sharing_of(problem, sizes, 1, sums=True))
     return segments.length(problem.segments, problem.steps, block, say)

@@ -29,7 +29,7 @@ class ForwardSetting(Setting):
     def __init__(self, problem: Problem, save: bool, shared: Sharing, segment: int) -> None:
         cell = problem.cell
         self.save, self.segment = save, segment
-        streaming = save and _saved_bytes(problem, segment) > STREAMED_BYTES
+        streaming = save and saved_bytes(problem, segment) > STREAMED_BYTES
         super().__init__(problem, compiled(cell, problem.x.element_size(), "forward", save, streaming), shared)
         plan = self.code.plan
         for i, state in enumerate(cell.states):
@@ -166,7 +166,7 @@ class ForwardSetting(Setting):
         return tuple(found)
 
 
-def _saved_bytes(problem: Problem, steps: int) -> int:
+def saved_bytes(problem: Problem, steps: int) -> int:
     """About how much a training run writes for its backward run over so many steps."""
     values = len(calculus.saved(problem.cell))
     return steps * problem.rows * values * problem.hidden_size * problem.x.element_size()
