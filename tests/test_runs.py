@@ -136,9 +136,12 @@ def test_a_run_without_a_checkpoint_leaves_nothing_behind(tmp_path: Path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_missing_folder_is_refused(tmp_path: Path):
-    with pytest.raises(ThroughtimeError, match=r"missing: no such directory to make the run in; make it first"):
-        Run.create(tmp_path / "missing" / "run")
+def test_missing_folders_are_made_and_what_is_no_folder_is_refused(tmp_path: Path):
+    with Run.create(tmp_path / "runs" / "today" / "run") as run:
+        assert run.partial.is_dir()
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ThroughtimeError, match=r"file: cannot be made \(File exists\); choose a place"):
+        Run.create(tmp_path / "file" / "run")
     with pytest.raises(ThroughtimeError, match=r"there is no unfinished run; begin it without --resume"):
         Run.resume(tmp_path / "run")
 

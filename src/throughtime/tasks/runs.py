@@ -72,11 +72,18 @@ class Run:
 
     @classmethod
     def create(cls, path: Path) -> Run:
-        """Begin a new run. Raises ThroughtimeError where the name is taken or the folder cannot be written."""
+        """Begin a new run, in folders that are made if need be.
+
+        Raises ThroughtimeError where the name is taken or the folder cannot be written.
+        """
         _refuse_taken(path)
         partial = partial_of(path)
-        if not partial.parent.is_dir():
-            raise ThroughtimeError(f"{partial.parent}: no such directory to make the run in; make it first")
+        try:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ThroughtimeError(
+                f"{partial.parent}: cannot be made ({error.strerror}); choose a place that can be written"
+            ) from error
         try:
             partial.mkdir()
         except FileExistsError:
