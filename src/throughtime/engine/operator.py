@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,28 +42,33 @@ def _cell(text: str) -> Cell:
     return Cell.from_json(text)
 
 
-def _problem(
-    tensors: Sequence[Tensor],
-    cell_text: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-) -> Problem:
+class _Rest(NamedTuple):
+    """What a problem is beside its tensors, and the target that is asked for: as in the schema."""
+
+    cell: str
+    lengths: Tensor | None
+    reset: Tensor | None
+    reverse: bool
+    segments: int | None
+    target: str
+
+
+def _problem(tensors: Sequence[Tensor], rest: _Rest) -> Problem:
     """The problem with its lengths still a tensor, for they are not known while shapes alone are computed."""
     if recurrence.is_recording():
         raise ThroughtimeError(
             "a compiled or exported program keeps no states to record; run the model itself inside recording()"
         )
-    cell = _cell(cell_text)
+    cell = _cell(rest.cell)
     counts = (1, len(cell.states), len(cell.parameters), len(cell.outside), len(tensors))
     parts, start = [], 0
     for count in counts:
         parts.append(tuple(tensors[start : start + count]))
         start += count
     (x,), states, parameters, outside, initial = parts
-    rest = (reset, reverse, "auto" if segments == 0 else segments)
-    return Problem(cell, x, states, parameters, outside, initial, lengths, *rest)  # type: ignore[arg-type]
+    lengths: Any = rest.lengths
+    how = (rest.reset, rest.reverse, "auto" if rest.segments == 0 else rest.segments)
+    return Problem(cell, x, states, parameters, outside, initial, lengths, *how)  # type: ignore[arg-type]
 
 
 def _read(problem: Problem) -> Problem:
@@ -82,67 +88,45 @@ def _read(problem: Problem) -> Problem:
 # recurrence
 
 
-def _forward(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
-    choice = recurrence.choose(problem, target or None)
+def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    given = _Rest(*rest)
+    problem = _read(_problem(tensors, given))
+    choice = recurrence.choose(problem, given.target or None)
     module = recurrence.target_module(choice.target)
     result = module.forward(problem) if choice.target == "reference" else module.forward(problem, False)
     return [_as_input(result.output, problem.x), *_own(result.states, tensors)]
 
 
-def _forward_shapes(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-) -> list[Tensor]:
-    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
+def _forward_shapes(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    problem = _problem(tensors, _Rest(*rest))
     output = _empty_as_input(problem.x, problem.sizes[problem.cell.output])
     return [output, *(problem.x.new_empty(problem.rows, size) for size in problem.sizes)]
 
 
-def _forward_differentiable(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-) -> list[Tensor]:
+def _forward_differentiable(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     """Above autograd: nothing is saved unless a gradient is wanted; what goes beyond adjoints is the reference's."""
     beyond = recurrence._beyond_adjoints()
     if not beyond and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
         with torch._C._AutoDispatchBelowAutograd():
-            return torch.ops.throughtime.recurrence(tensors, cell, lengths, reset, reverse, segments, target)
-    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
-    choice = recurrence.choose(problem, target or None)
+            return torch.ops.throughtime.recurrence(tensors, *rest)
+    given = _Rest(*rest)
+    problem = _problem(tensors, given)
+    choice = recurrence.choose(problem, given.target or None)
     if choice.target == "reference":
         result = recurrence.target_module("reference").forward(problem)
         return [result.output, *result.states]
-    operators = _Operators(cell, lengths, choice.target)
+    operators = _Operators(given._replace(target=choice.target))
     return list(recurrence._Recurrence.apply(problem, operators, True, *problem.tensors))
 
 
 class _Operators:
     """A target for `recurrence._Recurrence` that goes through the operators, so that a compiler can see them."""
 
-    def __init__(self, cell: str, lengths: Tensor | None, target: str) -> None:
-        self.cell, self.lengths, self.target = cell, lengths, target
+    def __init__(self, rest: _Rest) -> None:
+        self.rest = rest
 
     def forward(self, problem: Problem, save: bool) -> Result:
-        found = torch.ops.throughtime.recurrence_training(*self._arguments(problem))
+        found = torch.ops.throughtime.recurrence_training(list(problem.tensors), *self.rest)
         states = len(problem.states)
         return Result(found[0], tuple(found[1 : 1 + states]), tuple(found[1 + states :]))
 
@@ -156,65 +140,38 @@ class _Operators:
     ) -> tuple[Tensor | None, ...]:
         results = [result.output, *result.states, *result.workspace]
         found = torch.ops.throughtime.recurrence_backward(
-            *self._arguments(problem), results, [d_output, *d_states], list(needs)
+            list(problem.tensors), *self.rest, results, [d_output, *d_states], list(needs)
         )
         wanted = iter(found)
         return tuple(next(wanted) if need else None for need in needs)
-
-    def _arguments(self, problem: Problem) -> tuple[object, ...]:
-        segments = 0 if problem.segments == "auto" else problem.segments
-        return list(problem.tensors), self.cell, self.lengths, problem.reset, problem.reverse, segments, self.target
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # recurrence_training and recurrence_backward
 
 
-def _training(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
-    result = recurrence.target_module(target).forward(problem, True)
+def _training(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    given = _Rest(*rest)
+    problem = _read(_problem(tensors, given))
+    result = recurrence.target_module(given.target).forward(problem, True)
     return [_as_input(result.output, problem.x), *_own(result.states, tensors), *result.workspace]
 
 
-def _training_shapes(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-) -> list[Tensor]:
-    problem = _problem(tensors, cell, lengths, reset, reverse, segments)
-    shapes = recurrence.target_module(target).workspace_shapes(problem)
-    results = _forward_shapes(tensors, cell, lengths, reset, reverse, segments, target)
+def _training_shapes(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    given = _Rest(*rest)
+    problem = _problem(tensors, given)
+    shapes = recurrence.target_module(given.target).workspace_shapes(problem)
+    results = _forward_shapes(tensors, *rest)
     return [*results, *(problem.x.new_empty(shape) for shape in shapes)]
 
 
-def _backward(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-    results: list[Tensor],
-    d_results: list[Tensor | None],
-    needs: list[bool],
-) -> list[Tensor]:
-    problem = _read(_problem(tensors, cell, lengths, reset, reverse, segments))
+def _backward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    *beside, results, d_results, needs = rest
+    given = _Rest(*beside)
+    problem = _read(_problem(tensors, given))
     states = len(problem.states)
     result = Result(results[0], tuple(results[1 : 1 + states]), tuple(results[1 + states :]))
-    found = recurrence.target_module(target).backward(problem, result, d_results[0], d_results[1:], needs)
+    found = recurrence.target_module(given.target).backward(problem, result, d_results[0], d_results[1:], needs)
     return [
         _as_input(gradient, problem.x) if place == 0 else gradient.contiguous()
         for place, gradient in enumerate(found)
@@ -222,18 +179,8 @@ def _backward(
     ]
 
 
-def _backward_shapes(
-    tensors: list[Tensor],
-    cell: str,
-    lengths: Tensor | None,
-    reset: Tensor | None,
-    reverse: bool,
-    segments: int | None,
-    target: str,
-    results: list[Tensor],
-    d_results: list[Tensor | None],
-    needs: list[bool],
-) -> list[Tensor]:
+def _backward_shapes(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    needs = rest[-1]
     return [
         _empty_as_input(tensor, tensor.shape[2]) if place == 0 else tensor.new_empty(tensor.shape)
         for place, (tensor, need) in enumerate(zip(tensors, needs, strict=True))

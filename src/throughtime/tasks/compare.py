@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean, median, stdev, variance
@@ -22,6 +21,7 @@ from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.reach import Reach, gradient_norms
+from throughtime.tasks import training
 from throughtime.tasks.baselines import Baseline, baselines
 from throughtime.tasks.encoding import Encoded
 from throughtime.tasks.model import SequenceModel, Shape, build, predict
@@ -284,7 +284,7 @@ def compare(
     chosen = _known(cells)
     shapes = sizes(chosen, Shape.fitting(data.encoder, hidden_size=hidden_size), match)
     runs: dict[str, list[Run]] = {cell.name: [] for cell in chosen}
-    with _threads(threads):
+    with training.threads(threads):
         for seed in range(seeds):  # the outer loop, so that whatever else the machine does falls on all cells
             for cell, shape in zip(chosen, shapes, strict=True):
                 model = build(cell, shape, seed=seed)
@@ -344,16 +344,6 @@ def parameters(cell: Cell, shape: Shape) -> int:
     """How many numbers a model of this shape learns, embeddings and read-out included."""
     with torch.device("meta"):
         return sum(parameter.numel() for parameter in SequenceModel(cell, shape).parameters())
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _run(model: SequenceModel, data: Encoded, recipe: Recipe, seed: int, on_epoch: Callable[[], None] | None) -> Run:
