@@ -187,7 +187,7 @@ def test_the_defaults_that_help_shows_are_those_of_the_configuration() -> None:
         (["signs.csv", *ROLES, "--config", "absent.toml"], "absent.toml: cannot be read"),
         (["signs.csv", *ROLES, "--config", "signs.csv"], "signs.csv: not TOML"),
         (["signs.csv", *ROLES, "--run", "signs"], "signs: exists already, and a run never replaces anything"),
-        (["signs.csv", *ROLES, "--run", "nowhere/run"], "nowhere: no such directory"),
+        (["signs.csv", *ROLES, "--run", "signs.csv/run"], "signs.csv: cannot be made (File exists)"),
         (["--resume"], "name it (--run)"),
         (["--resume", "--run", "absent"], "absent: there is no run here"),
         (["signs.csv", *ROLES, "--truncate", "2"], "runcat"),
