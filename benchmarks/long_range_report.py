@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record import save
 
 TITLES = {"adding": "Adding", "copying": "Copying", "order": "Temporal order"}
 ERRORS = {"adding": "mean squared error", "copying": "share of wrong symbols", "order": "share of wrong answers"}
@@ -318,20 +319,7 @@ KINDS = {
 
 def write(record: Record, folder: Path) -> None:
     """JSON, Markdown, PNG and SVG, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    name = folder / "long_range"
-    text = json.dumps(record, indent=1) + "\n"
-    _whole(name.with_suffix(".json"), lambda part: part.write_text(text, encoding="utf-8"))
-    _whole(name.with_suffix(".md"), lambda part: part.write_text(as_markdown(record), encoding="utf-8"))
-    figure = draw(record)
-    _whole(name.with_suffix(".png"), lambda part: figure.savefig(part, format="png", dpi=120))
-    _whole(name.with_suffix(".svg"), lambda part: figure.savefig(part, format="svg", metadata={"Date": None}))
-
-
-def _whole(path: Path, put: Callable[[Path], Any]) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    put(part)
-    part.replace(path)
+    save(folder / "long_range", record, as_markdown(record), draw(record))
 
 
 def main() -> None:

@@ -28,6 +28,7 @@ from typing import Any
 import packaged_data
 import real_data_report
 import torch
+from record import processor
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from torch import Tensor, nn
@@ -286,14 +287,6 @@ def setting_of(options: argparse.Namespace, begun: datetime) -> dict[str, Any]:
             "throughtime": version("throughtime"),
         },
     }
-
-
-def processor() -> str:
-    """The model's name where the system tells, else the architecture."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

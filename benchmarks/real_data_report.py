@@ -5,7 +5,6 @@ python benchmarks/real_data_report.py benchmarks/results/real_data.json      # d
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import statistics
@@ -14,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from record import save
 
 THEIRS, OURS = "torch.nn", "throughtime"
 CELLS = {"elman": "Elman", "gru": "GRU", "lstm": "LSTM"}
@@ -229,20 +230,7 @@ def draw(record: dict[str, Any]) -> Any:
 
 def write(record: dict[str, Any], folder: Path) -> None:
     """The record, its tables and its plot; each file whole or not there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / "real_data.json", (json.dumps(record, indent=1) + "\n").encode())
-    _replace(folder / "real_data.md", as_markdown(record).encode())
-    figure = draw(record)
-    for kind in ("png", "svg"):
-        drawn = io.BytesIO()
-        figure.savefig(drawn, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
-        _replace(folder / f"real_data.{kind}", drawn.getvalue())
-
-
-def _replace(path: Path, content: bytes) -> None:
-    partial = path.with_name(f".{path.name}.part")
-    partial.write_bytes(content)
-    partial.replace(path)
+    save(folder / "real_data", record, as_markdown(record), draw(record), dpi=150)
 
 
 if __name__ == "__main__":

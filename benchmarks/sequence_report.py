@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from speed_report import CELLS, MARKS, Bar, _threads, _whole
+from record import save
+from speed_report import CELLS, MARKS, Bar, _threads
 
 FITTED_FROM = 3000
 """The fewest steps of a run whose memory counts for the exponent: in shorter ones what does not grow weighs most."""
@@ -283,13 +284,7 @@ def _quoted(segments: str) -> str:
 
 def write(record: Mapping[str, Any], folder: Path) -> None:
     """JSON, Markdown, PNG and SVG, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1) + "\n"
-    _whole(folder / "sequences.json", lambda part: part.write_text(text, encoding="utf-8"))
-    _whole(folder / "sequences.md", lambda part: part.write_text(as_markdown(record), encoding="utf-8"))
-    figure = draw(record)
-    _whole(folder / "sequences.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    _whole(folder / "sequences.svg", lambda part: figure.savefig(part, format="svg", metadata={"Date": None}))
+    save(folder / "sequences", record, as_markdown(record), draw(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

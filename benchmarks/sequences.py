@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import sequence_report
+from record import processor
 from rich.progress import Progress
-from speed import HERE, _processor, _progress, _shown, process
+from speed import HERE, _progress, _shown, process
 
 CELLS = ("gru", "lstm")
 LENGTHS = (100, 1000, 10_000, 100_000)
@@ -115,7 +116,7 @@ def _setting(options: argparse.Namespace, versions: dict[str, str], begun: datet
         "rounds": options.rounds,
         "quick": options.quick,
         "sections": options.only,
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "versions": {"python": platform.python_version(), **versions},

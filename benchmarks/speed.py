@@ -27,6 +27,7 @@ from typing import Any
 
 import speed_report
 from problems import GATES, SHAPES, Shape
+from record import processor
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 HERE = Path(__file__).parent
@@ -174,19 +175,11 @@ def _setting(options: argparse.Namespace, tally: Tally, begun: datetime) -> dict
         "peers": options.peers,
         "cells": options.cells,
         "shapes": [str(shape) for shape in options.shapes],
-        "processor": _processor(),
+        "processor": processor(),
         "cores": os.cpu_count(),
         "system": platform.system(),
         "versions": {"python": platform.python_version(), **tally.versions},
     }
-
-
-def _processor() -> str:
-    """The model's name where the system tells, else the architecture."""
-    told = Path("/proc/cpuinfo")
-    lines = told.read_text(encoding="utf-8").splitlines() if told.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:

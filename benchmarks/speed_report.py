@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import statistics
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from problems import MODES, SHAPES, Shape, flops
+from record import save
 
 OURS = "throughtime"
 NAMES = {"throughtime": "throughtime", "torch": "torch.nn", "onnxruntime": "ONNX Runtime", "jax": "JAX"}
@@ -323,19 +324,8 @@ def _panel(axes: Any, found: Findings, mode: str) -> None:
 
 def write(record: Mapping[str, Any], folder: Path) -> None:
     """JSON, Markdown, PNG and SVG, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
     name = f"speed-{_threads(record['setting']['threads']).replace(' ', '-')}"
-    _whole(folder / f"{name}.json", lambda part: part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
-    _whole(folder / f"{name}.md", lambda part: part.write_text(as_markdown(record), encoding="utf-8"))
-    figure = draw(record)
-    _whole(folder / f"{name}.png", lambda part: figure.savefig(part, format="png", dpi=120))
-    _whole(folder / f"{name}.svg", lambda part: figure.savefig(part, format="svg", metadata={"Date": None}))
-
-
-def _whole(path: Path, put: Callable[[Path], Any]) -> None:
-    part = path.with_suffix(path.suffix + ".part")
-    put(part)
-    part.replace(path)
+    save(folder / name, record, as_markdown(record), draw(record))
 
 
 def main() -> None:
