@@ -139,6 +139,10 @@ def test_a_run_without_a_checkpoint_leaves_nothing_behind(tmp_path: Path):
 def test_missing_folders_are_made_and_what_is_no_folder_is_refused(tmp_path: Path):
     with Run.create(tmp_path / "runs" / "today" / "run") as run:
         assert run.partial.is_dir()
+    assert not list(tmp_path.iterdir()), "what held nothing worth going on from is gone, the folders above it too"
+    with Run.create(tmp_path / "runs" / "today" / "run") as run:
+        (tmp_path / "runs" / "mine").touch()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ThroughtimeError, match=r"file: cannot be made \(File exists\); choose a place"):
         Run.create(tmp_path / "file" / "run")

@@ -8,7 +8,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -67,8 +68,9 @@ class Run:
     Leaving the context lets go of it, and removes what `create` made if it holds nothing worth going on from.
     """
 
-    def __init__(self, path: Path, lock: int, *, new: bool) -> None:
+    def __init__(self, path: Path, lock: int, *, new: bool, made: Sequence[Path] = ()) -> None:
         self.path, self.partial, self._lock, self._new = path, partial_of(path), lock, new
+        self._made = made  # the folders above, the innermost first, that were not there before
 
     @classmethod
     def create(cls, path: Path) -> Run:
@@ -78,6 +80,7 @@ class Run:
         """
         _refuse_taken(path)
         partial = partial_of(path)
+        made = [folder for folder in partial.parents if not folder.exists()]
         try:
             partial.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -94,7 +97,7 @@ class Run:
             raise ThroughtimeError(
                 f"{partial}: cannot be made ({error.strerror}); choose a place that can be written"
             ) from error
-        run = cls(path, _locked(partial), new=True)
+        run = cls(path, _locked(partial), new=True, made=made)
         run._append_metrics(b"")
         return run
 
@@ -122,6 +125,9 @@ class Run:
             for file in (*(self.partial / name for name in (*FILES, LOCK)), *self.partial.glob(".*.part")):
                 file.unlink(missing_ok=True)
             self.partial.rmdir()
+            with suppress(OSError):  # of a folder that somebody has put something into
+                for folder in self._made:
+                    folder.rmdir()
         os.close(self._lock)
 
     @property
