@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from throughtime.engine.targets import llvm
+from throughtime.engine.targets.cpu import llvm
 
 CHAINS = 24
 """More than any core's latency times its units for fma; fewer where there are fewer registers."""

@@ -242,7 +242,7 @@ def problem_of(name: str, batch_first: bool = False) -> Problem:
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("target", recurrence.TARGETS)
+@pytest.mark.parametrize("target", [name for name in recurrence.TARGETS if name != "reference"])
 @pytest.mark.parametrize("name", ["gru", "lstm-projected-batch-first"])
 def test_operators_keep_what_they_announce(name: str, target: str, batch_first: bool) -> None:
     problem = problem_of(name, batch_first)

@@ -15,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from throughtime.engine import memory
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets import cpu, memory, sharing
-from throughtime.engine.targets.setting import Settings
+from throughtime.engine.targets.cpu import sharing
+from throughtime.engine.targets.cpu import target as cpu
+from throughtime.engine.targets.cpu.setting import Settings
 from throughtime.equations.catalogue import CELLS, GRU, LSTM, Elman
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from test_cpu import outcome
 
 from throughtime.engine import plan
-from throughtime.engine.targets import drivers, kernels, llvm
+from throughtime.engine.targets.cpu import drivers, kernels, llvm
 from throughtime.equations.catalogue import GRU
 from throughtime.equations.cell import Cell
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets import cache, gang, sharing
+from throughtime.engine.targets.cpu import cache, gang, sharing
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
@@ -158,7 +158,7 @@ import os, sys, torch
 from blackboards import ALL, random_problem
 from test_cpu import outcome
 from agreement import assert_agree
-from throughtime.engine.targets import sharing
+from throughtime.engine.targets.cpu import sharing
 from throughtime.equations.catalogue import GRU
 sharing.ALONE = 0
 torch.set_num_threads(2)
@@ -214,7 +214,8 @@ def test_a_layer_runs_in_the_workers_of_a_loader():
 # -- lesser machines --------------------------------------------------------------------------------------------------
 
 LESSER = """
-from throughtime.engine.targets import cpu, kernels, llvm, drivers
+from throughtime.engine.targets.cpu import target as cpu
+from throughtime.engine.targets.cpu import kernels, llvm, drivers
 from throughtime.engine import plan as plans
 from blackboards import ALL, random_problem
 from test_cpu import agree
@@ -248,7 +249,8 @@ def test_a_lesser_machine_gets_narrower_code_that_is_right(name: str, register: 
 SMALL = """
 import torch
 from blackboards import random_problem
-from throughtime.engine.targets import cpu, llvm
+from throughtime.engine.targets.cpu import target as cpu
+from throughtime.engine.targets.cpu import llvm
 from throughtime.engine.recurrence import run
 from throughtime.equations.catalogue import Elman
 compiled = []

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence, pad_packed_sequence
 
 import throughtime as tt
-from throughtime.engine.targets import backward_setting
+from throughtime.engine.targets.cpu import backward_setting
 from throughtime.nn.dropout import Masks, drop, keys
 from throughtime.nn.layout import Layout
 

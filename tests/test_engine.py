@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from throughtime.engine import recurrence
-from throughtime.engine.problem import Problem
+from throughtime.engine import recurrence, targets
+from throughtime.engine.problem import Problem, Result
 from throughtime.engine.recurrence import choose, recording, run
-from throughtime.engine.targets import stepwise
+from throughtime.engine.targets import reference, stepwise
+from throughtime.engine.targets.target import Target
 from throughtime.equations.catalogue import CELLS, GRU, LSTM, Elman
 from throughtime.equations.cell import Cell, cell
 from throughtime.equations.expr import tanh, where
@@ -88,10 +89,10 @@ def test_single_precision(name: str):
 
 
 @pytest.mark.parametrize("name", [name for name in ODD if not name.startswith("elman")])
-@pytest.mark.parametrize("target", [name for name in recurrence.TARGETS if name != "stepwise"])
+@pytest.mark.parametrize("target", [name for name in recurrence.TARGETS if name not in ("stepwise", "reference")])
 def test_every_target_runs_odd_cells(target: str, name: str):
     ragged = random_problem(ODD[name], 6, 5, 3, 17, lengths=(6, 6, 4, 1, 0), reverse=True, dtype=torch.float32)
-    reason = recurrence.target_module(target).refusal(ragged)
+    reason = targets.target(target).refusal(ragged)
     if reason is not None:
         pytest.skip(f"{target}: {reason}")
     agree(ragged, target)
@@ -416,19 +417,23 @@ def test_the_choice_can_be_explained(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.mark.usefixtures("no_preference")
 def test_a_target_that_cannot_is_passed_over_with_its_reason(monkeypatch: pytest.MonkeyPatch):
-    class Choosy:
-        @staticmethod
-        def refusal(problem: Problem) -> str | None:
+    class Choosy(Target):
+        name = "choosy"
+
+        def refusal(self, problem: Problem) -> str | None:
             return "it takes three units at most" if problem.hidden_size > 3 else None
 
-    modules = {"choosy": Choosy, "stepwise": stepwise}
-    monkeypatch.setattr(recurrence, "target_module", modules.__getitem__)
-    monkeypatch.setattr(recurrence, "TARGETS", ("choosy", "stepwise"))
+        def forward(self, problem: Problem, save: bool = False) -> Result:
+            raise AssertionError("choosing runs nothing")
+
+    rows = {"choosy": Choosy(), "stepwise": stepwise.TARGET, "reference": reference.TARGET}
+    monkeypatch.setattr(recurrence, "target", rows.__getitem__)
+    monkeypatch.setattr(recurrence, "TARGETS", ("choosy", "stepwise", "reference"))
     assert str(choose(random_problem(GRU))) == "stepwise: not choosy, because it takes three units at most"
     assert choose(random_problem(GRU, hidden_size=3)).target == "choosy"
     with pytest.raises(TargetError, match="cannot run this: it takes three units"):
         choose(random_problem(GRU), "choosy")
-    monkeypatch.setattr(recurrence, "TARGETS", ("choosy",))
+    monkeypatch.setattr(recurrence, "TARGETS", ("choosy", "reference"))
     assert str(choose(random_problem(GRU))) == "reference: not choosy, because it takes three units at most"
 
 
@@ -454,13 +459,13 @@ def test_what_adjoints_cannot_do_goes_to_the_reference_and_says_so():
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch):
     asked: list[bool] = []
-    original = stepwise.forward
+    original = stepwise.TARGET.forward
 
     def watched(problem: Problem, save: bool) -> Any:
         asked.append(save)
         return original(problem, save)
 
-    monkeypatch.setattr(stepwise, "forward", watched)
+    monkeypatch.setattr(stepwise.TARGET, "forward", watched)
     problem = random_problem(GRU)
     run(problem, "stepwise")
     with torch.no_grad():

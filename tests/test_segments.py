@@ -15,8 +15,9 @@ from torch import Tensor
 
 import throughtime
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets import backward_setting, cpu, segments, sharing
-from throughtime.engine.targets.setting import Settings
+from throughtime.engine.targets.cpu import backward_setting, segments, sharing
+from throughtime.engine.targets.cpu import target as cpu
+from throughtime.engine.targets.cpu.setting import Settings
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 from throughtime.errors import ShapeError
 from throughtime.nn import Recurrent
@@ -35,7 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch: pytest.MonkeyPatch):
-    """Blocks of two steps, so that a short run has many; scratch that was never written holds NaN."""
+    """Blocks of a few steps, so that a short run has many; scratch that was never written holds NaN."""
     monkeypatch.setattr(backward_setting, "RING_ROWS", 8)
     monkeypatch.setattr(backward_setting, "RING_BYTES", 4096)
     monkeypatch.setattr(cpu, "KEPT_BYTES", 0)
@@ -45,9 +46,9 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch):
 
 def everything(problem: Problem) -> list[Tensor | None]:
     """Outputs, last states and every gradient of a run."""
-    result = cpu.forward(problem, True)
+    result = cpu.TARGET.forward(problem, True)
     d_output, d_states = adjoints(problem)
-    gradients = cpu.backward(problem, result, d_output, d_states, [True] * len(problem.tensors))
+    gradients = cpu.TARGET.backward(problem, result, d_output, d_states, [True] * len(problem.tensors))
     return [result.output, *result.states, *gradients]
 
 
@@ -58,7 +59,9 @@ def test_segments_change_no_bit(name: str, way: str):
         USED[name], steps=23, rows=7, input_size=5, hidden_size=19, dtype=torch.float32, **WAYS[way]
     )
     whole = everything(problem)
-    for asked in (4, 8, "auto", 100):
+    block = backward_setting.block_steps(problem, sharing.sharing_of(problem, sharing.sizes_of(problem), 1, sums=True))
+    assert 3 * block < problem.steps, "several segments, of one block and of two"
+    for asked in (block, 2 * block, "auto", 100):
         for one, other in zip(whole, everything(replace(problem, segments=asked)), strict=True):
             if one is None or other is None:
                 assert one is other
@@ -160,7 +163,7 @@ def test_what_is_kept_grows_with_the_root_of_the_steps():
     kept = {}
     for steps in (64, 1024):
         problem = random_problem(LSTM, steps=steps, rows=2, input_size=3, hidden_size=16, dtype=torch.float32)
-        result = cpu.forward(replace(problem, segments="auto"), True)
+        result = cpu.TARGET.forward(replace(problem, segments="auto"), True)
         kept[steps] = sum(tensor.numel() for tensor in result.workspace)
     gc.collect()
     assert kept[64] > 0
@@ -170,7 +173,7 @@ def test_what_is_kept_grows_with_the_root_of_the_steps():
 def test_what_is_little_is_kept_whole_where_the_engine_chooses(monkeypatch: pytest.MonkeyPatch):
     problem = random_problem(LSTM, steps=64, rows=2, input_size=3, hidden_size=16, dtype=torch.float32)
     monkeypatch.setattr(cpu, "KEPT_BYTES", 1 << 20)
-    little = cpu.forward(replace(problem, segments="auto"), True).workspace
-    asked = cpu.forward(replace(problem, segments=8), True).workspace
+    little = cpu.TARGET.forward(replace(problem, segments="auto"), True).workspace
+    asked = cpu.TARGET.forward(replace(problem, segments=8), True).workspace
     assert little[0].shape[0] == 64
     assert asked[0].shape[0] < 64

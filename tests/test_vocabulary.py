@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from throughtime.engine.targets import llvm
+from throughtime.engine.targets.cpu import llvm
 from throughtime.equations.expr import OPS
 
 FLOATS = {4: np.float32, 8: np.float64}

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from throughtime.engine import recurrence
+from throughtime.engine import border, recurrence
 from throughtime.engine.problem import Problem, Result
+from throughtime.engine.targets import stepwise, target
 from throughtime.equations.cell import Cell
 from throughtime.errors import ShapeError, ThroughtimeError
 
@@ -68,7 +69,9 @@ def _problem(tensors: Sequence[Tensor], rest: _Rest) -> Problem:
     (x,), states, parameters, outside, initial = parts
     lengths: Any = rest.lengths
     how = (rest.reset, rest.reverse, "auto" if rest.segments == 0 else rest.segments)
-    return Problem(cell, x, states, parameters, outside, initial, lengths, *how)  # type: ignore[arg-type]
+    problem = Problem(cell, x, states, parameters, outside, initial, lengths, *how)  # type: ignore[arg-type]
+    problem.check_shapes()
+    return problem
 
 
 def _read(problem: Problem) -> Problem:
@@ -91,9 +94,13 @@ def _read(problem: Problem) -> Problem:
 def _forward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     given = _Rest(*rest)
     problem = _read(_problem(tensors, given))
-    choice = recurrence.choose(problem, given.target or None)
-    module = recurrence.target_module(choice.target)
-    result = module.forward(problem) if choice.target == "reference" else module.forward(problem, False)
+    chosen = target(recurrence.choose(problem, given.target or None).target)
+    try:
+        result = chosen.forward(problem)
+    except border.Unaddressable:
+        if given.target:
+            raise
+        result = stepwise.TARGET.forward(problem)
     return [_as_input(result.output, problem.x), *_own(result.states, tensors)]
 
 
@@ -113,10 +120,10 @@ def _forward_differentiable(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     problem = _problem(tensors, given)
     choice = recurrence.choose(problem, given.target or None)
     if choice.target == "reference":
-        result = recurrence.target_module("reference").forward(problem)
+        result = target(choice.target).forward(problem)
         return [result.output, *result.states]
     operators = _Operators(given._replace(target=choice.target))
-    return list(recurrence._Recurrence.apply(problem, operators, True, *problem.tensors))
+    return list(recurrence._Recurrence.apply(problem, operators, *problem.tensors))
 
 
 class _Operators:
@@ -153,16 +160,16 @@ class _Operators:
 def _training(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     given = _Rest(*rest)
     problem = _read(_problem(tensors, given))
-    result = recurrence.target_module(given.target).forward(problem, True)
+    result = target(given.target).forward(problem, True)
     return [_as_input(result.output, problem.x), *_own(result.states, tensors), *result.workspace]
 
 
 def _training_shapes(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     given = _Rest(*rest)
     problem = _problem(tensors, given)
-    shapes = recurrence.target_module(given.target).workspace_shapes(problem)
     results = _forward_shapes(tensors, *rest)
-    return [*results, *(problem.x.new_empty(shape) for shape in shapes)]
+    specs = target(given.target).workspace(problem)
+    return [*results, *(problem.x.new_empty(spec.shape, dtype=spec.dtype) for spec in specs)]
 
 
 def _backward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
@@ -171,7 +178,7 @@ def _backward(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
     problem = _read(_problem(tensors, given))
     states = len(problem.states)
     result = Result(results[0], tuple(results[1 : 1 + states]), tuple(results[1 + states :]))
-    found = recurrence.target_module(given.target).backward(problem, result, d_results[0], d_results[1:], needs)
+    found = target(given.target).backward(problem, result, d_results[0], d_results[1:], needs)
     return [
         _as_input(gradient, problem.x) if place == 0 else gradient.contiguous()
         for place, gradient in enumerate(found)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from throughtime.engine.plan import outside_width
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
+from throughtime.errors import ShapeError
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,75 @@ class Problem:
         states, parameters, outside, initial = parts
         return replace(self, x=tensors[0], states=states, parameters=parameters, outside=outside, initial=initial)
 
+    @cached_property
+    def signature(self) -> tuple[object, ...]:
+        """The cell and every shape: problems of one signature differ in their numbers, lengths and resets alone."""
+        tensors = (self.states, self.parameters, self.outside, self.initial)
+        return self.cell.hash, self.x.shape, *[tuple([t.shape for t in each]) for each in tensors]
+
+    def check(self, sorted_rows: bool = True) -> None:
+        """Raise ShapeError, naming the tensor, where a shape is not the one that cell, input and units ask for.
+
+        So no target, and no kernel that believes an address, meets a tensor of another size than it was made for.
+        Lengths must fall from row to row unless `sorted_rows` is False, as for a recording.
+        """
+        if self.signature not in _checked:
+            self.check_shapes()
+            if len(_checked) > 4096:  # lengths that never come again
+                _checked.clear()
+            _checked.add(self.signature)
+        if self.reset is not None and (self.reset.shape != self.x.shape[:2] or self.reset.dtype != torch.bool):
+            raise ShapeError(
+                f"reset is {self.reset.dtype} of shape {list(self.reset.shape)}; beside x {list(self.x.shape)} it "
+                f"holds booleans [T, B] = {list(self.x.shape[:2])}"
+            )
+        if self.lengths is not None:
+            self.check_lengths(sorted(self.lengths, reverse=True) if not sorted_rows else self.lengths)
+
+    def check_shapes(self) -> None:
+        """The part of `check` that shapes alone decide; they may be symbols of a program that is being traced."""
+        if self.x.dim() != 3:
+            raise ShapeError(f"x has shape {list(self.x.shape)}; the engine takes [T, B, I]")
+        for name, tensor, wanted in self._wanted():
+            if tensor.dim() != len(wanted) or any(a != b for a, b in zip(tensor.shape, wanted, strict=True)):
+                units = f"{self.hidden_size} units" + (f", {self.proj_size} projected" if self.proj_size else "")
+                raise ShapeError(
+                    f"{name} has shape {list(tensor.shape)}; {self.cell.name} with {self.x.shape[2]} inputs and "
+                    f"{units} takes {list(wanted)} beside x of shape {list(self.x.shape)}. Were a layer's weights or "
+                    "sizes changed by hand? They must all be of the sizes that it was made with"
+                )
+
+    def check_lengths(self, lengths: Sequence[int]) -> None:
+        """Raise ShapeError for lengths that are not the rows' own: one each, between 0 and T, falling."""
+        ends = (self.steps, *lengths, 0)
+        if len(lengths) != self.rows or not all(map(operator.ge, ends, ends[1:])):
+            raise ShapeError(
+                f"lengths are {len(lengths)} numbers for {self.rows} rows; the engine takes one for each row, between "
+                f"0 and {self.steps}, falling from row to row"
+            )
+
+    def _wanted(self) -> Iterator[tuple[str, Tensor, tuple[int, ...]]]:
+        """Every tensor but x by name, with the shape that it must have."""
+        cell, (steps, rows, inputs) = self.cell, self.x.shape
+        counts = {"a state": (self.states, cell.states), "a parameter": (self.parameters, cell.parameters)}
+        counts |= {"an outside input": (self.outside, cell.outside)}
+        for kind, (given, needed) in counts.items():
+            if len(given) != len(needed):
+                raise ShapeError(f"{cell.name} needs {len(needed)} tensors, {kind} each, and got {len(given)}")
+        sizes = cell.sizes(self.hidden_size, self.proj_size)
+        if cell.needs_equal_sizes and inputs != self.hidden_size:
+            yield "x", self.x, (steps, rows, self.hidden_size)
+        for parameter, tensor in zip(cell.parameters, self.parameters, strict=True):
+            yield parameter.name, tensor, cell.shape(parameter, inputs, self.hidden_size, self.proj_size)
+        for state, tensor, size in zip(cell.states, self.states, sizes, strict=True):
+            yield f"the state {state} before the first step", tensor, (rows, size)
+        for state, tensor, size in zip(cell.states, self.initial, sizes, strict=bool(self.initial)):
+            yield f"the state {state} that a reset returns to", tensor, (rows, size)
+        for name, tensor in zip(cell.outside, self.outside, strict=True):
+            lead = (steps, rows) if name in cell.per_step else (rows,)
+            units = self.proj_size if outside_width(cell, name) == "projected" else self.hidden_size
+            yield f"the outside input {name}", tensor, (*lead, 1 if tensor.shape[-1:] == (1,) else units)
+
     @property
     def steps(self) -> int:
         """T, the number of steps of the longest row that is there to be read."""
@@ -63,7 +137,7 @@ class Problem:
     def hidden_size(self) -> int:
         """The number of units of the hidden width."""
         for parameter, tensor in zip(self.cell.parameters, self.parameters, strict=True):
-            if parameter.namespace != "P":
+            if parameter.namespace != "P" and tensor.dim():
                 return tensor.shape[0] // len(parameter.gates)
         for width, state in zip(self.cell.widths, self.states, strict=True):
             if width == "hidden":
@@ -73,7 +147,8 @@ class Problem:
     @property
     def proj_size(self) -> int:
         """The number of units of the projected width, 0 in a cell without P."""
-        found = (t.shape[0] for p, t in zip(self.cell.parameters, self.parameters, strict=True) if p.namespace == "P")
+        pairs = zip(self.cell.parameters, self.parameters, strict=True)
+        found = (tensor.shape[0] for p, tensor in pairs if p.namespace == "P" and tensor.dim())
         return next(found, 0)
 
     @property
@@ -107,6 +182,10 @@ class Problem:
                 place = parameter.gates.index(gate)
                 return tensor[place * rows : (place + 1) * rows]
         raise KeyError(node.data)
+
+
+_checked: set[tuple[object, ...]] = set()
+"""Signatures whose shapes were found to fit."""
 
 
 @dataclass(frozen=True)

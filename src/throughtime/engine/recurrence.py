@@ -2,34 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from throughtime.engine import border
+from throughtime.engine.precision import no_autocast
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets import reference
+from throughtime.engine.targets import TARGETS, reference, target
+from throughtime.engine.targets.target import Stepper
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
 from throughtime.errors import TargetError
-
-TARGETS = ("cpu", "stepwise")
-"""Targets with derived adjoints, the one to prefer first. The reference stands apart: autograd differentiates it."""
-
-
-@functools.cache
-def target_module(name: str) -> ModuleType:
-    """A target's module, imported when it is first asked for."""
-    return importlib.import_module(f"throughtime.engine.targets.{name}")
 
 
 @dataclass(frozen=True)
@@ -111,36 +102,38 @@ def watched(look: Callable[[Problem], Problem]) -> Iterator[None]:
         _look.reset(token)
 
 
-def choose(problem: Problem, target: str | None = None) -> Choice:
+def choose(problem: Problem, asked: str | None = None) -> Choice:
     """The target that would run this problem now; raises TargetError if the one asked for cannot."""
-    choice = _choose(problem, target)
-    if problem.segments is not None and choice.target != "cpu":
-        return replace(choice, reason=f"{choice.reason}; it keeps every step, whatever segments= says")
-    return choice
+    choice = _choose(problem, asked)
+    chosen = target(choice.target)
+    notes = [note] if (note := chosen.note(problem)) else []
+    if problem.segments is not None and not chosen.obeys_segments:
+        notes.append("it keeps every step, whatever segments= says")
+    return replace(choice, reason="; ".join([choice.reason, *notes])) if notes else choice
 
 
-def _choose(problem: Problem, target: str | None) -> Choice:
+def _choose(problem: Problem, argument: str | None) -> Choice:
     if _records.get() is not None:
         return Choice("reference", "a recording of the states is under way")
     asked, asker = (
-        (target, "the argument target=") if target else (os.environ.get("THROUGHTIME_TARGET"), "THROUGHTIME_TARGET")
+        (argument, "the argument target=") if argument else (os.environ.get("THROUGHTIME_TARGET"), "THROUGHTIME_TARGET")
     )
+    beyond = _beyond_adjoints()
     if asked and asked != "auto":
-        if asked != "reference" and asked not in TARGETS:
-            known = ", ".join([*TARGETS, "reference", "auto"])
-            raise TargetError(f"{asker} asks for {asked!r}; the targets are {known}")
-        if asked != "reference" and (reason := _beyond_adjoints() or target_module(asked).refusal(problem)):
+        if asked not in TARGETS:
+            raise TargetError(f"{asker} asks for {asked!r}; the targets are {', '.join([*TARGETS, 'auto'])}")
+        if asked != "reference" and (reason := beyond or target(asked).refusal(problem)):
             raise TargetError(f"{asker} asks for {asked!r}, which cannot run this: {reason}")
         return Choice(asked, f"{asker} asks for it")
-    if reason := _beyond_adjoints():
-        return Choice("reference", reason)
+    if beyond:
+        return Choice("reference", beyond)
     passed: list[str] = []
     for name in TARGETS:
-        reason = target_module(name).refusal(problem)
+        reason = target(name).refusal(problem)
         if reason is None:
             return Choice(name, "; ".join(passed) or "the fastest of the targets that can run this")
         passed.append(f"not {name}, because {reason}")
-    return Choice("reference", "; ".join(passed))
+    raise TargetError(f"no target can run this: {'; '.join(passed)}")
 
 
 def _beyond_adjoints() -> str | None:
@@ -159,28 +152,50 @@ def _batched(tensors: Sequence[Tensor | None]) -> bool:
     return any(functorch.is_batchedtensor(t) or functorch.is_legacy_batchedtensor(t) for t in given)
 
 
-def run(problem: Problem, target: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+def run(problem: Problem, asked: str | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Run a recurrence over time and return its outputs [T, B, width] and the states [B, width] at each row's end.
 
     Differentiable once through the derived adjoint equations and, with `create_graph`, any number of times through the
-    reference. Outputs past a row's end are zero.
+    reference. Outputs past a row's end are zero. `asked` names a target; None leaves the choice to the engine.
+
+    Raises ShapeError for tensors that do not fit each other.
     """
     if torch.compiler.is_compiling():
-        segments = 0 if problem.segments == "auto" else problem.segments
-        rest = (problem.lengths, problem.reset, problem.reverse, segments, target or "")
-        found = torch.ops.throughtime.recurrence(list(problem.tensors), problem.cell.json, *rest)
-        return found[0], tuple(found[1:])
+        return run_operator(problem, asked)
     if (look := _look.get()) is not None:
         problem = look(problem)
-    choice = choose(problem, target)
-    if choice.target == "reference":
-        return _run_reference(problem)
-    save = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors)
-    if not save:
-        result = target_module(choice.target).forward(problem, False)
-        return result.output, result.states
-    output, *states = _Recurrence.apply(problem, target_module(choice.target), save, *problem.tensors)
-    return output, tuple(states)
+    if border.modes_are_watching() and not is_recording():
+        return run_operator(problem, asked)
+    chosen = target(choose(problem, asked).target)
+    if chosen.by_autograd:
+        problem.check(sorted_rows=not is_recording())
+        return _run_reference(problem) if chosen is reference.TARGET else _shown(chosen.forward(problem))
+    try:
+        if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in problem.tensors)):
+            return _shown(chosen.forward(problem, False))
+        output, *states = _Recurrence.apply(problem, chosen, *problem.tensors)
+        return output, tuple(states)
+    except border.Unaddressable:
+        return run_operator(problem, asked)
+
+
+def _shown(result: Result) -> tuple[Tensor, tuple[Tensor, ...]]:
+    return result.output, result.states
+
+
+def run_operator(problem: Problem, asked: str | None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The same through the registered operator: what compilers, modes, fake tensors and subclasses are shown, and
+    where torch's dispatcher resolves what is lazy."""
+    segments = 0 if problem.segments == "auto" else problem.segments
+    lengths = problem.lengths if problem.lengths is None else torch.as_tensor(problem.lengths)
+    rest = (lengths, problem.reset, problem.reverse, segments, asked or "")
+    found = torch.ops.throughtime.recurrence(list(problem.tensors), problem.cell.json, *rest)
+    return found[0], tuple(found[1:])
+
+
+def stepper(layers: Sequence[Problem], batched: bool, asked: str | None) -> Stepper | None:
+    """What takes single steps of a stack of layers on the target that the engine picks; None if it is a run each."""
+    return target(choose(layers[0], asked).target).stepper(layers, batched)
 
 
 def _run_reference(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
@@ -198,12 +213,29 @@ def _run_reference(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
     return result.output, result.states
 
 
+class Differentiable(Protocol):
+    """The part of a target that a run under autograd needs; `operator` has one that goes through the operators."""
+
+    def forward(self, problem: Problem, save: bool) -> Result:
+        """Run the recurrence."""
+
+    def backward(
+        self,
+        problem: Problem,
+        result: Result,
+        d_output: Tensor | None,
+        d_states: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `problem.tensors`."""
+
+
 class _Recurrence(torch.autograd.Function):
     """The recurrence with the cell's derived adjoints as its backward."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, target: ModuleType, save: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        result = target.forward(problem, save)
+    def forward(ctx: Any, problem: Problem, target: Differentiable, *tensors: Tensor) -> tuple[Tensor, ...]:
+        result = target.forward(problem, True)
         # autograd alone holds the tensors, so that it can free or offload them and notices what changes them in place
         ctx.problem, ctx.target = problem.with_tensors([None] * len(tensors)), target
         ctx.set_materialize_grads(False)
@@ -215,13 +247,31 @@ class _Recurrence(torch.autograd.Function):
         saved = ctx.saved_tensors
         count, states = len(ctx.problem.tensors), len(ctx.problem.states)
         problem = ctx.problem.with_tensors(saved[:count])
-        needs = ctx.needs_input_grad[3:]
+        needs = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled() or _batched((d_output, *d_states)):
-            return None, None, None, *_through_reference(problem, (d_output, *d_states), needs)
+            return None, None, *_through_reference(problem, (d_output, *d_states), needs)
         result = Result(saved[count], saved[count + 1 : count + 1 + states], saved[count + 1 + states :])
-        with torch.autocast(problem.x.device.type, enabled=False):
-            gradients = ctx.target.backward(problem, result, d_output, d_states, needs)
-        return None, None, None, *gradients
+        with no_autocast(problem.x.device.type):
+            try:
+                gradients = ctx.target.backward(problem, result, d_output, d_states, needs)
+            except border.Unaddressable:
+                gradients = _backward_elsewhere(ctx.target, problem, result, (d_output, *d_states), needs)
+        return None, None, *gradients
+
+
+def _backward_elsewhere(
+    target: Differentiable,
+    problem: Problem,
+    result: Result,
+    d_outputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients where a tensor is no plain memory: with the incoming ones written down, or by the reference."""
+    try:
+        first, *others = (None if d is None else border.written_down(d) for d in d_outputs)
+        return target.backward(problem, result, first, others, needs)
+    except border.Unaddressable:
+        return _through_reference(problem, d_outputs, needs)
 
 
 def _through_reference(
@@ -244,9 +294,8 @@ def _through_reference(
     return tuple(next(found) if need else None for need in needs)
 
 
-def listing(cell: Cell, target: str, assembly: bool = False) -> str:
+def listing(cell: Cell, name: str, assembly: bool = False) -> str:
     """The code that a target generates for a step of a cell; TargetError if the target generates none."""
-    if target not in TARGETS or not hasattr(target_module(target), "listing"):
-        raise TargetError(f"{target!r} generates no kernels to print; the target that does is cpu")
-    text: str = target_module(target).listing(cell, assembly=assembly)
-    return text
+    if name not in TARGETS:
+        raise TargetError(f"{name!r} is no target; the targets are {', '.join(TARGETS)}")
+    return target(name).listing(cell, assembly=assembly)

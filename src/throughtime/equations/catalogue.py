@@ -6,8 +6,10 @@ Gates are written in torch's order, and the order of first use is the order of s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
-from throughtime.equations.cell import Cell, cell
+from throughtime.equations import expr
+from throughtime.equations.cell import NAMESPACES, Cell, cell
 from throughtime.equations.expr import Node, sigmoid, tanh
 
 
@@ -65,3 +67,18 @@ CELLS: dict[str, Cell] = {
     "lstm-projected": ProjectedLSTM,
 }
 """The names that commands and configuration files know."""
+
+
+def without_biases(cell: Cell) -> Cell:
+    """The same equations with every bias 0; the rest of the library derives from them as from any others."""
+    now: dict[expr.Node, expr.Node] = {}
+    for node in cell.nodes:
+        args = tuple(now[arg] for arg in node.args)
+        if node.op == "parameter" and NAMESPACES[node.data[0]].startswith("bias"):
+            now[node] = expr.constant(0.0)
+        else:
+            now[node] = expr.apply(node.op, *args) if node.op in expr.OPS else expr.make(node.op, args, node.data)
+    names = {name: now[node] for name, node in cell.names.items()}
+    return replace(
+        cell, name=f"{cell.name}, no biases", next=tuple(now[n] for n in cell.next), names=names, retrace=None
+    )

@@ -8,7 +8,6 @@ needs no such leave.
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -17,8 +16,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from throughtime.engine import recurrence
+from throughtime.engine.precision import is_autocast
 from throughtime.equations import catalogue, expr
-from throughtime.equations.cell import NAMESPACES, Cell
+from throughtime.equations.cell import Cell
 from throughtime.errors import ThroughtimeError
 from throughtime.nn.dropout import Masks
 from throughtime.nn.layout import Lengths, State
@@ -47,7 +47,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
         Raises what torch raises, and ShapeError for lengths, resets or masks that do not fit.
         """
         call = Call(input, hx, lengths, reset, masks=masks)
-        return self._forward(call, partial(recurrence.run, target=self.target))
+        return self._forward(call, partial(recurrence.run, asked=self.target))
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         x, h_0 = call.x, call.h_0
@@ -80,7 +80,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
             isinstance(state, Tensor)
             and state.dim() == (3 if packed else steps.dim())
             and state.device == steps.device
-            and (state.dtype == steps.dtype or torch.is_autocast_enabled(steps.device.type))
+            and (state.dtype == steps.dtype or is_autocast(steps.device.type))
             for state in given
         )
 
@@ -143,21 +143,6 @@ _DROP_INS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-def _without_biases(cell: Cell) -> Cell:
-    """The same equations with every bias 0; the rest of the library derives from them as from any others."""
-    now: dict[expr.Node, expr.Node] = {}
-    for node in cell.nodes:
-        args = tuple(now[arg] for arg in node.args)
-        if node.op == "parameter" and NAMESPACES[node.data[0]].startswith("bias"):
-            now[node] = expr.constant(0.0)
-        else:
-            now[node] = expr.apply(node.op, *args) if node.op in expr.OPS else expr.make(node.op, args, node.data)
-    names = {name: now[node] for name, node in cell.names.items()}
-    return replace(
-        cell, name=f"{cell.name}, no biases", next=tuple(now[n] for n in cell.next), names=names, retrace=None
-    )
-
-
 _EQUATIONS: dict[tuple[str, bool], Cell] = {
     ("RNN_TANH", False): catalogue.Elman,
     ("RNN_RELU", False): catalogue.Elman(activation=expr.relu),
@@ -167,7 +152,7 @@ _EQUATIONS: dict[tuple[str, bool], Cell] = {
 }
 
 _CELLS: dict[tuple[str, bool, bool], Cell] = {
-    (mode, projected, bias): (cell if bias else _without_biases(cell)).settled()
+    (mode, projected, bias): (cell if bias else catalogue.without_biases(cell)).settled()
     for (mode, projected), cell in _EQUATIONS.items()
     for bias in (True, False)
 }

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from throughtime.engine import recurrence
-from throughtime.engine.targets import memory
+from throughtime.engine import memory, recurrence
 from throughtime.errors import ShapeError
 
 Lengths = int | Sequence[int] | np.ndarray[Any, Any] | Tensor

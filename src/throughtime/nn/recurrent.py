@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from throughtime.engine import operator as _operator  # noqa: F401 - registers what compiled programs call
 from throughtime.engine import recurrence
+from throughtime.engine.precision import is_autocast, no_autocast
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
@@ -106,14 +107,14 @@ class Layer(torch.nn.Module):
         drops = self.training and self.dropout > 0 and self.num_layers > 1
         key = keys(call.masks, layout, steps.device) if drops else None
         kind = steps.device.type
-        if not torch.is_autocast_enabled(kind):
+        if not is_autocast(kind):
             output, states = self._walk(steps, given, layout.lengths, mask, around, key, run)
         else:
             # Autocast would round some products of a step and not others; the layer computes in its own dtype.
             dtype = next(self.parameters(), steps).dtype
             given = None if given is None else tuple(state.to(dtype) for state in given)
             around = tuple(value.to(dtype) for value in around)
-            with torch.autocast(kind, enabled=False):
+            with no_autocast(kind):
                 output, states = self._walk(steps.to(dtype), given, layout.lengths, mask, around, key, run)
         return layout.outputs_out(output), layout.states_out(states)
 
@@ -284,7 +285,7 @@ class Recurrent(Layer):
         Raises ShapeError for what does not fit.
         """
         call = Call(x, h_0, lengths, reset, outside, masks)
-        return self._forward(call, partial(recurrence.run, target=self.target))
+        return self._forward(call, partial(recurrence.run, asked=self.target))
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         self._check_input(call.x)
@@ -334,7 +335,7 @@ class Recurrent(Layer):
             raise ShapeError(
                 f"{name} is on {tensor.device} and the layer on {weight.device}; move one of them with .to(device)"
             )
-        if tensor.dtype != weight.dtype and not torch.is_autocast_enabled(tensor.device.type):
+        if tensor.dtype != weight.dtype and not is_autocast(tensor.device.type):
             raise ShapeError(
                 f"{name} is {tensor.dtype} and the layer's parameters are {weight.dtype}; convert one of them with "
                 ".to(dtype)"
@@ -431,7 +432,7 @@ def _outside_in(
         if tuple(value.shape) not in ((*shape, 1), (*shape, hidden_size)):
             wanted = shape_text((*names, "1 or H"), (*shape, f"1 or {hidden_size}"))
             raise ShapeError(f"the outside input {name} has shape {list(value.shape)}; it must be {wanted}")
-        if value.device != x.device or (value.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type)):
+        if value.device != x.device or (value.dtype != x.dtype and not is_autocast(x.device.type)):
             raise ShapeError(
                 f"the outside input {name} is {value.dtype} on {value.device}, and x is {x.dtype} on {x.device}; "
                 "convert it with .to(x)"

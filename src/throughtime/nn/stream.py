@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from throughtime.engine import recurrence
+from throughtime.engine.border import Unaddressable, written_down
+from throughtime.engine.precision import no_autocast
 from throughtime.engine.problem import Problem
+from throughtime.engine.targets.target import Stepper
 from throughtime.equations.cell import Cell
 from throughtime.errors import ShapeError, ThroughtimeError
 from throughtime.nn.layout import State, shape_text
@@ -45,7 +48,7 @@ class Stream:
         if h_0 is not None:
             self.state = h_0
 
-    def _take(self, snapshot: _Snapshot, steps: _Steps) -> None:
+    def _take(self, snapshot: _Snapshot, steps: Stepper) -> None:
         """Run on these weights from now on."""
         self._snapshot, self._steps = snapshot, steps
         rows = () if self.batch_size is None else (self.batch_size,)
@@ -91,12 +94,22 @@ class Stream:
             and not x_t.requires_grad
             and x_t.is_contiguous()
         ):
-            return self._steps.step(x_t)
+            try:
+                return self._steps.step(x_t)
+            except Unaddressable:
+                pass  # lazy, perhaps: below it is written down
         self._check("x_t", x_t, ("B", "I"), self._shape)
         around = self._read_outside(outside or {})
         mask = None if reset is None else self._read_reset(reset)
         steps = x_t.detach().contiguous().view(self._rows, -1)
-        return self._steps.step_with(steps, around, mask)
+        try:
+            steps, around = written_down(steps), tuple(written_down(value) for value in around)
+            return self._steps.step_with(steps, around, None if mask is None else written_down(mask))
+        except (Unaddressable, RuntimeError) as error:
+            raise ThroughtimeError(
+                f"x_t, or what comes beside it, has no memory of its own ({str(error).splitlines()[0]}); is a "
+                "torch.func transform or a mode at work? Step a stream outside it, on plain tensors"
+            ) from error
 
     def _check(self, name: str, tensor: Any, letters: tuple[str, ...], shape: Sequence[object]) -> None:
         """Refuse what cannot be read as a tensor of this shape; a size may be a text such as `1 or 4`."""
@@ -157,7 +170,7 @@ class Stream:
         A tuple of such for a cell with several states. Reading gives copies; what is assigned is copied. Rows can be
         put in another order, or doubled, by assigning `state[:, rows]`.
         """
-        states = self._steps.read()
+        states = tuple(state.to(self._dtype) for state in self._steps.read())
         shown = states if self._is_batched else tuple(state.squeeze(1) for state in states)
         return shown if len(shown) > 1 else shown[0]
 
@@ -337,14 +350,10 @@ class _Snapshot:
             for count, parameters, initial in zip(self.inputs, self.parameters, self.initial, strict=True)
         ]
 
-    def steps(self, rows: int, batched: bool) -> _Steps:
+    def steps(self, rows: int, batched: bool) -> Stepper:
         """What takes steps of so many rows with these weights, on the target that the engine picks."""
         layers = self.layers(rows)
-        if recurrence.choose(layers[0], self.target).target != "cpu":
-            return _ByRun(layers, batched, self.target)
-        from throughtime.engine.targets import stepping  # loads the compiler
-
-        return stepping.Steps(layers, batched)
+        return recurrence.stepper(layers, batched, self.target) or _ByRun(layers, batched, self.target)
 
     def has_kind_of(self, other: _Snapshot) -> bool:
         """Whether steps, states and inputs of one fit the other."""
@@ -368,20 +377,6 @@ class _Snapshot:
 # What takes the steps
 
 
-class _Steps(Protocol):
-    """A stack of layers with its states, for a fixed number of rows; one without `batched` returns no batch."""
-
-    def step(self, x: Tensor) -> Tensor: ...
-
-    def step_with(self, x: Tensor, outside: Sequence[Tensor], reset: Tensor | None) -> Tensor: ...
-
-    def read(self) -> tuple[Tensor, ...]: ...
-
-    def write(self, states: Sequence[Tensor]) -> None: ...
-
-    def beside(self, layers: Sequence[Problem], batched: bool) -> _Steps: ...
-
-
 class _ByRun:
     """Steps on a target that prepares nothing ahead: each is a run over a sequence of one step."""
 
@@ -399,7 +394,7 @@ class _ByRun:
         per_step = len(self.layers[0].cell.per_step)
         around = tuple(value.unsqueeze(0) if i < per_step else value for i, value in enumerate(outside))
         states = []
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.no_grad(), no_autocast(x.device.type):
             for layer, before in zip(self.layers, self.states, strict=True):
                 problem = replace(
                     layer,

@@ -13,13 +13,27 @@ from torch import Tensor
 
 from throughtime.engine.codegen import Tape, leaves, staged, torch_spelling
 from throughtime.engine.problem import Problem, Result, at_step, leaf_value, step_mask
+from throughtime.engine.targets.target import Target
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why the problem cannot run here: never."""
-    return None
+class Reference(Target):
+    """The plain loop; autograd differentiates it, any number of times and in every mode."""
+
+    name = "reference"
+    by_autograd = True
+
+    def refusal(self, problem: Problem) -> str | None:
+        """Why the problem cannot run here: never."""
+        return None
+
+    def forward(self, problem: Problem, save: bool = False) -> Result:
+        """Run the recurrence in the autograd graph."""
+        return forward(problem)
+
+
+TARGET = Reference()
 
 
 def forward(

@@ -15,98 +15,101 @@ from torch import Tensor
 
 from throughtime.engine.codegen import Tape, leaves, staged, torch_spelling
 from throughtime.engine.problem import Problem, Result, at_step, leaf_value, step_mask
+from throughtime.engine.targets.target import Spec, Target
 from throughtime.equations import calculus
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why the problem cannot run here: never."""
-    return None
+class Stepwise(Target):
+    """The derived equations in plain tensors."""
 
+    name = "stepwise"
 
-def forward(problem: Problem, save: bool) -> Result:
-    """Run the recurrence; with `save`, the workspace is the states before and after each step and the saved values."""
-    cell, x = problem.cell, problem.x
-    steps, rows = problem.steps, problem.rows
-    active = problem.active()
-    current = [state.clone() for state in problem.states]
-    after = [x.new_zeros(steps, rows, size) for size in problem.sizes]
-    before = [torch.zeros_like(history) for history in after] if save else []
-    kept_nodes = calculus.saved(cell) if save else ()
-    kept = [x.new_zeros(steps, rows, _width(problem, node)) for node in kept_nodes]
-    driven = {product: x @ problem.block(product).T for product in _of_input(cell)}
-    for t in problem.order():
-        n = active[t]
-        states = _restarted(problem, current, t, n)
-        values = {
-            leaf: _rows(leaf_value(problem, leaf, x[t], states, at_step(problem, t)), leaf, n) for leaf in leaves(cell)
-        }
-        values |= {product: whole[t, :n] for product, whole in driven.items()}
-        values = _run(_forward_plan(cell), values, problem, transposed=False)
-        for i, node in enumerate(cell.next):
-            after[i][t, :n] = values[node]
-            current[i][:n] = after[i][t, :n]
-        if save:
-            for history, state in zip(before, states, strict=True):
-                history[t, :n] = state
-            for store, node in zip(kept, kept_nodes, strict=True):
+    def refusal(self, problem: Problem) -> str | None:
+        """Why the problem cannot run here: never."""
+        return None
+
+    def forward(self, problem: Problem, save: bool = False) -> Result:
+        """Run the recurrence; with `save`, the workspace is each step's states, before and after, and saved values."""
+        cell, x = problem.cell, problem.x
+        steps, rows = problem.steps, problem.rows
+        active = problem.active()
+        current = [state.clone() for state in problem.states]
+        after = [x.new_zeros(steps, rows, size) for size in problem.sizes]
+        before = [torch.zeros_like(history) for history in after] if save else []
+        kept_nodes = calculus.saved(cell) if save else ()
+        kept = [x.new_zeros(steps, rows, _width(problem, node)) for node in kept_nodes]
+        driven = {product: x @ problem.block(product).T for product in _of_input(cell)}
+        for t in problem.order():
+            n = active[t]
+            states = _restarted(problem, current, t, n)
+            values = _leaf_values(problem, t, n, states)
+            values |= {product: whole[t, :n] for product, whole in driven.items()}
+            values = _run(_forward_plan(cell), values, problem, transposed=False)
+            for i, node in enumerate(cell.next):
+                after[i][t, :n] = values[node]
+                current[i][:n] = after[i][t, :n]
+            if save:
+                for history, state in zip(before, states, strict=True):
+                    history[t, :n] = state
+                for store, node in zip(kept, kept_nodes, strict=True):
+                    store[t, :n] = values[node]
+        workspace = (*before, *(h for i, h in enumerate(after) if i != cell.output), *kept) if save else ()
+        return Result(after[cell.output], tuple(current), workspace)
+
+    def workspace(self, problem: Problem) -> list[Spec]:
+        """The states before and after each step, and the saved values."""
+        after = [size for i, size in enumerate(problem.sizes) if i != problem.cell.output]
+        widths = [*problem.sizes, *after, *(_width(problem, node) for node in calculus.saved(problem.cell))]
+        return [Spec((problem.steps, problem.rows, width), problem.x.dtype) for width in widths]
+
+    def backward(
+        self,
+        problem: Problem,
+        result: Result,
+        d_output: Tensor | None,
+        d_states: Sequence[Tensor | None],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of `problem.tensors`, None where not needed, from those of the outputs and the last states.
+
+        An incoming gradient that is None is zero.
+        """
+        cell, x = problem.cell, problem.x
+        steps, rows = problem.steps, problem.rows
+        adjoint = calculus.adjoint(cell)
+        active = problem.active()
+        before, after, kept = _unpacked(problem, result)
+        a = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(problem.states, d_states, strict=True)]
+        collected = {node: x.new_zeros(steps, rows, _width(problem, node)) for node in adjoint.over_time}
+        d_initial = [torch.zeros_like(state) for state in problem.states]
+        operands = {p.args[0]: x.new_zeros(steps, rows, _width(problem, p.args[0])) for p in _of_values(cell)}
+        for t in reversed(problem.order()):
+            n = active[t]
+            if d_output is not None:
+                a[cell.output][:n] += d_output[t, :n]
+            states = [history[t, :n] for history in before]
+            values = _leaf_values(problem, t, n, states)
+            values |= {node: history[t, :n] for node, history in kept.items()}
+            values |= {node: after[i][t, :n] for i, node in enumerate(cell.next)}
+            values |= {_adjoint_leaf(state): a[i][:n].clone() for i, state in enumerate(cell.states)}
+            values = _run(_backward_plan(cell), values, problem, transposed=True)
+            for i, state in enumerate(cell.states):
+                a[i][:n] = values[adjoint.state[state]] if state in adjoint.state else 0.0
+            if problem.reset is not None:
+                restart = step_mask(problem.reset[t, :n])
+                for i, d in enumerate(d_initial):
+                    d[:n] += torch.where(restart, a[i][:n], 0.0)
+                    a[i][:n] = torch.where(restart, 0.0, a[i][:n])
+            for node, store in collected.items():
                 store[t, :n] = values[node]
-    workspace = (*before, *(h for i, h in enumerate(after) if i != cell.output), *kept) if save else ()
-    return Result(after[cell.output], tuple(current), workspace)
+            for node, store in operands.items():
+                store[t, :n] = values[node]
+        return _gathered(problem, adjoint, collected, operands, a, d_initial, needs)
 
 
-def workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
-    """The shapes of the workspace that `forward` with `save` leaves, known before it runs."""
-    after = [size for i, size in enumerate(problem.sizes) if i != problem.cell.output]
-    widths = [*problem.sizes, *after, *(_width(problem, node) for node in calculus.saved(problem.cell))]
-    return [(problem.steps, problem.rows, width) for width in widths]
-
-
-def backward(
-    problem: Problem,
-    result: Result,
-    d_output: Tensor | None,
-    d_states: Sequence[Tensor | None],
-    needs: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of `problem.tensors`, None where `needs` says so, from those of the outputs and the last states.
-
-    An incoming gradient that is None is zero.
-    """
-    cell, x = problem.cell, problem.x
-    steps, rows = problem.steps, problem.rows
-    adjoint = calculus.adjoint(cell)
-    active = problem.active()
-    before, after, kept = _unpacked(problem, result)
-    a = [torch.zeros_like(s) if d is None else d.clone() for s, d in zip(problem.states, d_states, strict=True)]
-    collected = {node: x.new_zeros(steps, rows, _width(problem, node)) for node in adjoint.over_time}
-    d_initial = [torch.zeros_like(state) for state in problem.states]
-    operands = {p.args[0]: x.new_zeros(steps, rows, _width(problem, p.args[0])) for p in _of_values(cell)}
-    for t in reversed(problem.order()):
-        n = active[t]
-        if d_output is not None:
-            a[cell.output][:n] += d_output[t, :n]
-        states = [history[t, :n] for history in before]
-        values = {
-            leaf: _rows(leaf_value(problem, leaf, x[t], states, at_step(problem, t)), leaf, n) for leaf in leaves(cell)
-        }
-        values |= {node: history[t, :n] for node, history in kept.items()}
-        values |= {node: after[i][t, :n] for i, node in enumerate(cell.next)}
-        values |= {_adjoint_leaf(state): a[i][:n].clone() for i, state in enumerate(cell.states)}
-        values = _run(_backward_plan(cell), values, problem, transposed=True)
-        for i, state in enumerate(cell.states):
-            a[i][:n] = values[adjoint.state[state]] if state in adjoint.state else 0.0
-        if problem.reset is not None:
-            restart = step_mask(problem.reset[t, :n])
-            for i, d in enumerate(d_initial):
-                d[:n] += torch.where(restart, a[i][:n], 0.0)
-                a[i][:n] = torch.where(restart, 0.0, a[i][:n])
-        for node, store in collected.items():
-            store[t, :n] = values[node]
-        for node, store in operands.items():
-            store[t, :n] = values[node]
-    return _gathered(problem, adjoint, collected, operands, a, d_initial, needs)
+TARGET = Stepwise()
 
 
 def _gathered(
@@ -221,6 +224,12 @@ def _restarted(problem: Problem, current: list[Tensor], t: int, n: int) -> list[
         return [state[:n].clone() for state in current]
     restart = step_mask(problem.reset[t, :n])
     return [torch.where(restart, i[:n], s[:n]) for i, s in zip(problem.initial, current, strict=True)]
+
+
+def _leaf_values(problem: Problem, t: int, n: int, states: Sequence[Tensor]) -> dict[Node, Tensor]:
+    """What the leaves of the cell are worth at step t, in the first n rows."""
+    around, x_t = at_step(problem, t), problem.x[t]
+    return {leaf: _rows(leaf_value(problem, leaf, x_t, states, around), leaf, n) for leaf in leaves(problem.cell)}
 
 
 def _rows(value: Tensor, leaf: Node, n: int) -> Tensor:

@@ -9,15 +9,16 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets import kernels, llvm, memory
-from throughtime.engine.targets.backward import CHUNK, FEW_COLUMNS, FEW_INPUTS, OUTER_COLUMNS
-from throughtime.engine.targets.compiled import columns, compiled, dot, gather_table, outer, outer_table
-from throughtime.engine.targets.kept import Again, Kept, Values
-from throughtime.engine.targets.setting import Crew, Setting
-from throughtime.engine.targets.sharing import Sharing
+from throughtime.engine.targets.cpu import kernels, llvm
+from throughtime.engine.targets.cpu.backward import CHUNK, FEW_COLUMNS, FEW_INPUTS, OUTER_COLUMNS
+from throughtime.engine.targets.cpu.compiled import columns, compiled, dot, gather_table, outer, outer_table
+from throughtime.engine.targets.cpu.kept import Again, Kept, Values
+from throughtime.engine.targets.cpu.setting import Crew, Setting
+from throughtime.engine.targets.cpu.sharing import Sharing
 from throughtime.equations import calculus
 from throughtime.equations.cell import Cell, Parameter
 from throughtime.equations.expr import Node

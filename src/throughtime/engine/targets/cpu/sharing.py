@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets import llvm
+from throughtime.engine.targets.cpu import llvm
 
 MOST_SHARDS = 8
 """The most parts that the rows of a backward run are divided into; each has sums as large as the weights."""
@@ -90,11 +90,8 @@ def divided(threads: int, rows: int, tiles: int, ragged: bool, work: int, step_b
 def sizes_of(problem: Problem) -> tuple[object, ...]:
     """What settings differ by, besides direction and threads."""
     return (
-        problem.cell.hash,
-        problem.x.shape,
+        problem.signature,
         problem.x.dtype,
-        *[parameter.shape for parameter in problem.parameters],
-        *[outside.shape for outside in problem.outside],
         problem.lengths is None,
         problem.reset is None,
         problem.reverse,

@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from throughtime.engine import plan
-from throughtime.engine.targets import llvm
+from throughtime.engine.targets.cpu import llvm
 from throughtime.equations import calculus, expr
 
 _addresses: dict[tuple[object, ...], int] = {}

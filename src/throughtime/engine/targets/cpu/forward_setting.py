@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets import memory, segments
-from throughtime.engine.targets.compiled import compiled
-from throughtime.engine.targets.setting import Crew, Setting
-from throughtime.engine.targets.sharing import Share, Sharing
+from throughtime.engine.targets.cpu import segments
+from throughtime.engine.targets.cpu.compiled import compiled
+from throughtime.engine.targets.cpu.setting import Crew, Setting
+from throughtime.engine.targets.cpu.sharing import Share, Sharing
 from throughtime.equations import calculus
 
 DRIVE_BYTES = 256 * 1024

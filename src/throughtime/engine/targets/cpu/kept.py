@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from throughtime.engine import memory
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets import memory, segments
-from throughtime.engine.targets.forward_setting import ForwardSetting
-from throughtime.engine.targets.setting import Crew
+from throughtime.engine.targets.cpu import segments
+from throughtime.engine.targets.cpu.forward_setting import ForwardSetting
+from throughtime.engine.targets.cpu.setting import Crew
 
 
 @dataclass(frozen=True)

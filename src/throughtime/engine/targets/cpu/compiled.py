@@ -11,9 +11,9 @@ from functools import cache as remembered
 
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import Plan, Stage
-from throughtime.engine.targets import cache, drivers, gang, kernels, llvm
-from throughtime.engine.targets.backward import OUTER_COLUMNS, OUTER_ROWS, BackwardDriver
-from throughtime.engine.targets.drivers import LIMIT, tiling
+from throughtime.engine.targets.cpu import cache, drivers, gang, kernels, llvm
+from throughtime.engine.targets.cpu.backward import OUTER_COLUMNS, OUTER_ROWS, BackwardDriver
+from throughtime.engine.targets.cpu.drivers import LIMIT, tiling
 from throughtime.equations.cell import Cell
 
 

@@ -13,12 +13,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from throughtime.engine import border
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets import cache, gang, kernels, sharing
-from throughtime.engine.targets.compiled import Compiled
-from throughtime.engine.targets.forward_setting import ForwardSetting
-from throughtime.engine.targets.llvm import Code
-from throughtime.engine.targets.sharing import Share, Sharing, by_rows
+from throughtime.engine.targets.cpu import cache, gang, kernels, sharing
+from throughtime.engine.targets.cpu.compiled import Compiled
+from throughtime.engine.targets.cpu.forward_setting import ForwardSetting
+from throughtime.engine.targets.cpu.llvm import Code
+from throughtime.engine.targets.cpu.sharing import Share, Sharing, by_rows
 from throughtime.errors import ThroughtimeError
 
 Frame = ctypes.Array[ctypes.c_int64]
@@ -35,7 +36,7 @@ class Steps:
 
     def __init__(self, layers: Sequence[Problem], batched: bool, like: Steps | None = None) -> None:
         first = layers[0]
-        self.cell, self.rows, self.depth = first.cell, first.rows, len(layers)
+        self.cell, self.rows, self.depth, self.dtype = first.cell, first.rows, len(layers), first.x.dtype
         shared = _sharing(layers)
         self.settings = [ForwardSetting(layer, False, shared, layer.steps) for layer in layers]
         self.outside_units = [self.settings[0].outside_units(place) for place in range(len(self.cell.outside))]
@@ -95,12 +96,7 @@ class Steps:
     def step(self, x: Tensor) -> Tensor:
         """One step on rows of x that lie one behind the other; the output, a tensor of its own."""
         side = self.side
-        try:
-            start = x.data_ptr()
-        except RuntimeError as error:
-            raise ThroughtimeError(
-                "x_t has no memory of its own (a torch.func transform or a tracer is at work); step a stream outside it"
-            ) from error
+        start = _address(x, self.dtype)
         for frame in self.entries[side]:
             frame[self.x_origin] = start
         if self.alone:
@@ -113,6 +109,8 @@ class Steps:
     def step_with(self, x: Tensor, outside: Sequence[Tensor], reset: Tensor | None) -> Tensor:
         """A step with outside inputs, [B, 1 or H] each, and rows [B] that return to their initial states before it."""
         frames = [frame for stack in self.frames[self.side] for frame in stack]
+        border.check(outside, self.dtype)
+        border.check((reset,), torch.bool)
         wide = [v.expand(self.rows, n).contiguous() for v, n in zip(outside, self.outside_units, strict=True)]
         fields = {"reset": 0 if reset is None else reset.data_ptr()}
         for name, value in zip(self.cell.outside, wide, strict=True):
@@ -149,6 +147,44 @@ class Steps:
         """Take over states of these shapes and this dtype."""
         for sides, state in zip(self.states, states, strict=True):
             sides[self.side].copy_(state)
+
+
+class HalfSteps:
+    """Steps in bfloat16 or float16: states are carried in float32, and what is shown is rounded once."""
+
+    def __init__(self, single: Steps, dtype: torch.dtype) -> None:
+        self.single, self.dtype = single, dtype
+
+    def beside(self, layers: Sequence[Problem], batched: bool) -> HalfSteps:
+        """Steps of the same layers for another number of rows."""
+        wide = [layer.with_tensors([tensor.float() for tensor in layer.tensors]) for layer in layers]
+        return HalfSteps(self.single.beside(wide, batched), self.dtype)
+
+    def step(self, x: Tensor) -> Tensor:
+        """One step on rows of x."""
+        return self.single.step(x.float()).to(self.dtype)
+
+    def step_with(self, x: Tensor, outside: Sequence[Tensor], reset: Tensor | None) -> Tensor:
+        """A step with outside inputs and resets."""
+        return self.single.step_with(x.float(), [value.float() for value in outside], reset).to(self.dtype)
+
+    def read(self) -> tuple[Tensor, ...]:
+        """The states, [layers, B, width] each, in float32."""
+        return self.single.read()
+
+    def write(self, states: Sequence[Tensor]) -> None:
+        """Take over states of these shapes."""
+        self.single.write(states)
+
+
+def _address(x: Tensor, dtype: torch.dtype) -> int:
+    """Where the rows of x begin. Raises ThroughtimeError under a tracer, which would write this address down."""
+    if torch._C._is_tracing():
+        raise ThroughtimeError(
+            "a stream cannot be traced: its state lives outside the graph; trace the layer itself, with h_0 as an input"
+        )
+    border.check((x,), dtype)
+    return x.data_ptr()
 
 
 class _Packed:

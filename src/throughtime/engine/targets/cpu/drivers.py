@@ -16,8 +16,8 @@ from llvmlite import ir
 
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Group, Plan, Stage
-from throughtime.engine.targets.kernels import Frame, node_label, panel_name, row_limit, vectors_per_tile
-from throughtime.engine.targets.llvm import Code, Int, Variable
+from throughtime.engine.targets.cpu.kernels import Frame, node_label, panel_name, row_limit, vectors_per_tile
+from throughtime.engine.targets.cpu.llvm import Code, Int, Variable
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import torch
 
-from throughtime.engine.targets import cache
-from throughtime.engine.targets.llvm import Code
+from throughtime.engine.targets.cpu import cache
+from throughtime.engine.targets.cpu.llvm import Code
 
 _MAILBOX = (
     24  # integers: [0] work is there, [8] work is done, [16] the driver, [17] its frame; 8 apart, a cache line each

@@ -9,9 +9,9 @@ from llvmlite import ir
 
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Plan, Stage
-from throughtime.engine.targets.drivers import Driver, Tiling, stepping
-from throughtime.engine.targets.kernels import Frame, node_label, panel_name
-from throughtime.engine.targets.llvm import Int
+from throughtime.engine.targets.cpu.drivers import Driver, Tiling, stepping
+from throughtime.engine.targets.cpu.kernels import Frame, node_label, panel_name
+from throughtime.engine.targets.cpu.llvm import Int
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import Node
 

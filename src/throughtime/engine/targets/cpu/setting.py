@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets import gang, kernels, llvm, memory
-from throughtime.engine.targets.compiled import Compiled, transpose
-from throughtime.engine.targets.sharing import Share, Sharing
+from throughtime.engine.targets.cpu import gang, kernels, llvm
+from throughtime.engine.targets.cpu.compiled import Compiled, transpose
+from throughtime.engine.targets.cpu.sharing import Share, Sharing
 
 Crew = gang.Team | gang.Gang | None
 """The threads of a run; None is the caller's alone."""
