@@ -116,11 +116,11 @@ def _frontier(roots: Iterable[Node], forward: set[Node]) -> list[Node]:
 
 
 def _minimum_cut(needed: list[Node], free: set[Node]) -> set[Node]:
-    """Max-flow by augmenting paths (Edmonds & Karp 1972) on a graph whose nodes, not edges, have capacity one."""
+    """Maximum flow through a graph whose nodes, not edges, have capacity one, and the cut nearest to its end."""
     below = [n for n in expr.postorder(needed, stop=lambda n: n in free or not _cheap(n)) if n not in free]
     inside = set(below)
     many = len(below) + 1
-    graph: dict[object, dict[object, int]] = {}
+    graph: Network = {"source": {}, "sink": {}}
 
     def edge(start: object, end: object, capacity: int) -> None:
         graph.setdefault(start, {})[end] = capacity
@@ -136,10 +136,8 @@ def _minimum_cut(needed: list[Node], free: set[Node]) -> set[Node]:
                     edge(("out", arg), ("in", node), many)
     for node in needed:
         edge(("out", node), "sink", many)
-    while path := _path(graph, "source", "sink"):
-        for start, end in path:
-            graph[start][end] -= 1
-            graph[end][start] += 1
+    while (distance := _distances(graph, "source", "sink")) is not None:
+        _fill(graph, distance, "source", "sink")
     reaching = _reaching(graph, "sink")
     return {node for node in below if ("out", node) in reaching and ("in", node) not in reaching}
 
@@ -148,30 +146,53 @@ def _cheap(node: Node) -> bool:
     return node.op in OPS and OPS[node.op].cheap
 
 
-def _path(graph: dict[object, dict[object, int]], start: object, goal: object) -> list[tuple[object, object]]:
-    came: dict[object, object] = {start: None}
+Network = dict[object, dict[object, int]]
+"""What may still flow along each edge; every edge has one back, along which flow is undone."""
+
+
+def _distances(graph: Network, start: object, goal: object) -> dict[object, int] | None:
+    """How many edges with capacity lead to each place, as far as the goal; None where none lead to the goal."""
+    distance = {start: 0}
     queue = deque([start])
-    while queue and goal not in came:
+    while queue and goal not in distance:
         here = queue.popleft()
-        for there, capacity in graph.get(here, {}).items():
-            if capacity > 0 and there not in came:
-                came[there] = here
+        for there, capacity in graph[here].items():
+            if capacity > 0 and there not in distance:
+                distance[there] = distance[here] + 1
                 queue.append(there)
-    path: list[tuple[object, object]] = []
-    step: object = goal if goal in came else start
-    while step != start:
-        path.append((came[step], step))
-        step = came[step]
-    return path
+    return distance if goal in distance else None
 
 
-def _reaching(graph: dict[object, dict[object, int]], goal: object) -> set[object]:
+def _fill(graph: Network, distance: dict[object, int], start: object, goal: object) -> None:
+    """Send flow along shortest paths until each is blocked (Dinic 1970): every edge that fails is tried once."""
+    ways = {place: list(graph[place]) for place in distance}
+    path = [start]
+    while path:
+        here = path[-1]
+        if here == goal:
+            edges = list(zip(path, path[1:], strict=False))
+            flow = min(graph[a][b] for a, b in edges)
+            for a, b in edges:
+                graph[a][b] -= flow
+                graph[b][a] += flow
+            path = path[: 1 + next(i for i, (a, b) in enumerate(edges) if graph[a][b] == 0)]
+        elif not ways[here]:
+            path.pop()
+            if path:
+                ways[path[-1]].pop()
+        elif graph[here][there := ways[here][-1]] > 0 and distance.get(there) == distance[here] + 1:
+            path.append(there)
+        else:
+            ways[here].pop()
+
+
+def _reaching(graph: Network, goal: object) -> set[object]:
     """Everything from which the goal can still be reached."""
     seen = {goal}
     queue = deque([goal])
     while queue:
         here = queue.popleft()
-        for there in graph.get(here, {}):
+        for there in graph[here]:
             if there not in seen and graph[there].get(here, 0) > 0:
                 seen.add(there)
                 queue.append(there)

@@ -317,7 +317,7 @@ def _product(namespace: str, gate: str, operand: Node) -> Node:
         )
     if namespace != "W" and operand.op == "input":
         raise CellError(f"{label} multiplies states and values of this step; for the input x write W")
-    if not any(node.op in ("input", "state") for node in expr.postorder([operand])):
+    if not operand.varies:
         raise CellError(
             f"{label} multiplies something that depends on neither x nor a state: put an outside input among the "
             f"features of x, and write a product of parameters as b.{gate or 'gate'}"
