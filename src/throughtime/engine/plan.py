@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 from throughtime.equations import calculus, expr
 from throughtime.equations.cell import VECTORS, Cell
@@ -44,6 +44,11 @@ class Stage:
     groups: tuple[Group, ...]
     accumulators: tuple[Accumulator, ...]
     stores: tuple[tuple[Node, Node], ...]
+
+    @cached_property
+    def operations(self) -> int:
+        """How many unit operations the epilogue has."""
+        return sum(node.op in OPS for node in expr.postorder(value for value, _ in self.stores))
 
 
 @dataclass
