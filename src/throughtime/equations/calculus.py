@@ -14,6 +14,7 @@ from functools import cache
 from throughtime.equations import expr
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import OPS, Node, make
+from throughtime.errors import CellError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def reverse(seeds: Iterable[tuple[Node, Node]], through_products: bool = True) -
     for node, seed in seeds:
         add(node, seed)
     result: dict[Node, Node] = {}
-    for node in reversed(expr.postorder([node for node, _ in seeds])):
+    order = expr.postorder(
+        [node for node, _ in seeds], stop=lambda node: node.op == "product" and not through_products
+    )
+    for node in reversed(order):
         if node not in total:
             continue
         g = result[node] = total[node]
@@ -211,24 +215,56 @@ class Chain:
     matrices: tuple[tuple[str, str], ...]
 
 
+MOST_CHAINS = 256
+"""The most chains that a step Jacobian is written out in; a cell of stacked products can have more than 2^64."""
+
+
 @cache
 def jacobian(cell: Cell) -> dict[tuple[str, str], tuple[Chain, ...]]:
-    """The derivative of each next state by each state, as a sum of chains of diagonals and weight matrices."""
+    """The derivative of each next state by each state, as a sum of chains of diagonals and weight matrices.
+
+    Raises CellError where there are more than `MOST_CHAINS`.
+    """
+    slopes: dict[Node, dict[Node, Node]] = {}
+    if (count := _chains(cell, slopes)) > MOST_CHAINS:
+        raise CellError(
+            f"the step Jacobian of {cell.name} is a sum of {count:,} chains of matrices, one for each way through its "
+            f"products, and more than {MOST_CHAINS} are not written out; give the cell fewer products in a row"
+        )
     found: dict[tuple[str, str], list[Chain]] = {}
     for state, node in zip(cell.states, cell.next, strict=True):
-        for origin, chain in _chains(node):
-            found.setdefault((state, origin), []).append(chain)
+        waiting: list[tuple[Node, Node, tuple[Node, ...], tuple[tuple[str, str], ...]]]
+        waiting = [(leaf, slope, (), ()) for leaf, slope in reversed(slopes[node].items())]
+        while waiting:
+            leaf, slope, diagonals, matrices = waiting.pop()
+            diagonals = (*diagonals, slope)
+            if leaf.op == "state":
+                found.setdefault((state, leaf.data[0]), []).append(Chain(diagonals, matrices))
+            else:
+                below = reversed(slopes[leaf.args[0]].items())
+                waiting.extend((under, by, diagonals, (*matrices, leaf.data)) for under, by in below)
     return {pair: tuple(chains) for pair, chains in found.items()}
 
 
-def _chains(node: Node) -> Iterable[tuple[str, Chain]]:
-    partial = reverse([(node, expr.constant(1.0))], through_products=False)
-    for leaf, slope in partial.items():
-        if leaf.op == "state":
-            yield leaf.data[0], Chain((slope,), ())
-        elif leaf.op == "product" and leaf.args[0].op != "input":
-            for origin, chain in _chains(leaf.args[0]):
-                yield origin, Chain((slope, *chain.diagonals), (leaf.data, *chain.matrices))
+def chains_in(cell: Cell) -> int:
+    """How many chains the step Jacobian is a sum of."""
+    return _chains(cell, {})
+
+
+def _chains(cell: Cell, slopes: dict[Node, dict[Node, Node]]) -> int:
+    """The number of chains; fills `slopes`, the slopes of next states and operands by the states and products below."""
+    ways: dict[Node, int] = {}
+    operands = [node.args[0] for node in cell.nodes if node.op == "product" and node.args[0].op != "input"]
+    for node in dict.fromkeys([*operands, *cell.next]):
+        partial = reverse([(node, expr.constant(1.0))], through_products=False)
+        slopes[node] = {leaf: slope for leaf, slope in partial.items() if _carries(leaf)}
+        ways[node] = sum(1 if leaf.op == "state" else ways[leaf.args[0]] for leaf in slopes[node])
+    return sum(ways[node] for node in cell.next)
+
+
+def _carries(leaf: Node) -> bool:
+    """Whether a state's influence comes through this leaf."""
+    return leaf.op == "state" or (leaf.op == "product" and leaf.args[0].op != "input")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
