@@ -8,9 +8,9 @@ decides which products go together, what is written where, and in which order; i
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 
 from throughtime.equations import calculus, expr
 from throughtime.equations.cell import VECTORS, Cell
@@ -44,6 +44,11 @@ class Stage:
     groups: tuple[Group, ...]
     accumulators: tuple[Accumulator, ...]
     stores: tuple[tuple[Node, Node], ...]
+
+    @cached_property
+    def operations(self) -> int:
+        """How many unit operations the epilogue has."""
+        return sum(node.op in OPS for node in expr.postorder(value for value, _ in self.stores))
 
 
 @dataclass
@@ -141,8 +146,8 @@ def backward(cell: Cell) -> BackwardPlan:
     for state, next_node in zip(cell.states, cell.next, strict=True):
         of_state = make("adjoint", (), (state,))
         terms = _terms(adjoint.state[state], uses) if state in adjoint.state else []
-        carried = [term for term in terms if term.op == "transposed" and uses[term] == 1]
-        rest = [term for term in terms if not any(term is c for c in carried)]
+        carried = {term: None for term in terms if term.op == "transposed" and uses[term] == 1}
+        rest = [term for term in terms if term not in carried]
         plan.carried[state] = tuple(carried)
         shown = state == cell.states[cell.output]
         start = None
@@ -154,9 +159,10 @@ def backward(cell: Cell) -> BackwardPlan:
             targets.append((expr.constant(0.0), start))
         rewritten[of_state] = make("carried", (), (state,))
     leaves = {node: _read(node) for node in cell.nodes if node.op in ("state", "input", "outside")}
-    for i, node in enumerate(calculus.saved(cell)):
-        leaves[node] = memory(f"saved:{width(node)}", _saved_slot(cell, i, width))
-        plan.saved_slots[f"saved:{width(node)}"] = _saved_slot(cell, i, width) + 1
+    for node in calculus.saved(cell):
+        buffer = f"saved:{width(node)}"
+        leaves[node] = memory(buffer, plan.saved_slots.setdefault(buffer, 0))
+        plan.saved_slots[buffer] += 1
     for state, node in zip(cell.states, cell.next, strict=True):
         leaves.setdefault(node, memory(f"after:{state}"))
     for node in _ring_order(cell, adjoint):
@@ -245,11 +251,6 @@ def input_gradient(plan: BackwardPlan, cell: Cell) -> Stage | None:
     return Stage("input_gradient", "input", groups, accumulators, ((leaf, memory("d_x")),))
 
 
-def _saved_slot(cell: Cell, index: int, width: Callable[[Node], str]) -> int:
-    saved = calculus.saved(cell)
-    return sum(width(node) == width(saved[index]) for node in saved[:index])
-
-
 def _ring_order(cell: Cell, adjoint: calculus.Adjoint) -> list[Node]:
     """The deltas so ordered that those of x's products stand together, and those of the states' products too."""
     of_input = {adjoint.delta[p] for p in cell.products if p in adjoint.delta and p.args[0].op == "input"}
@@ -293,11 +294,17 @@ def _uses(roots: Iterable[Node]) -> Counter[Node]:
     return count
 
 
-def _terms(node: Node, uses: Counter[Node], top: bool = True) -> list[Node]:
+def _terms(node: Node, uses: Counter[Node]) -> list[Node]:
     """The terms of a sum, through inner sums that nothing else uses."""
-    if node.op == "add" and (top or uses[node] == 1):
-        return [term for arg in node.args for term in _terms(arg, uses, top=False)]
-    return [node]
+    terms: list[Node] = []
+    waiting = [node]
+    while waiting:
+        term = waiting.pop()
+        if term.op == "add" and (term is node or uses[term] == 1):
+            waiting.extend(reversed(term.args))
+        else:
+            terms.append(term)
+    return terms
 
 
 def _added(terms: Sequence[Node]) -> Node:
@@ -305,6 +312,10 @@ def _added(terms: Sequence[Node]) -> Node:
     for term in terms[1:]:
         total = total + term
     return total
+
+
+Rewriting = Generator[Node, Node, Node]
+"""Yields nodes, is sent what they become, returns what its own node becomes."""
 
 
 @dataclass
@@ -317,8 +328,16 @@ class _Store:
     level: int = 0
 
 
+AGAIN = 32
+"""How many operations at most are done again in a later stage, for each value that it needs, rather than read back."""
+
+
 class _Stager:
-    """Rewrites values over memory leaves and accumulators, then deals them out to stages."""
+    """Rewrites values over memory leaves and accumulators, then deals them out to stages.
+
+    Every walk visits a node once (once a stage, where stages differ) and keeps its place in a list, not on Python's
+    stack: a cell may be as long and as deep as its author likes.
+    """
 
     def __init__(
         self,
@@ -333,8 +352,13 @@ class _Stager:
         self.adjoints = adjoints or {}
         self.done: dict[Node, Node] = dict(leaves)
         self.level: dict[Node, int] = {}
-        self.wide: dict[Node, str] = {}
+        self.wide: dict[Node, str] = {place: width(leaf) for leaf, place in leaves.items()}
+        self.summed: set[Node] = set()
+        self.again: dict[Node, int] = {}
         self.accumulators: list[Accumulator] = []
+        self.carried: set[Node] = set()
+        if isinstance(plan, BackwardPlan):
+            self.carried.update(*plan.carried.values())
 
     def build(self, targets: Sequence[tuple[Node, Node]]) -> None:
         """Fill `plan.stages` so that each target value is stored in its memory leaf."""
@@ -354,35 +378,59 @@ class _Stager:
 
     def rewrite(self, node: Node) -> Node:
         """The same value over memory leaves and accumulators."""
-        if node in self.done:
-            return self.done[node]
-        if node in self.adjoints:
-            new = self._adjoint_of_state(node)
-        elif node.op == "const":
-            new = node
-        elif node.op == "parameter":
-            new = self.plan.vector(self.width(node), (node,))
-        elif node.op == self.product_op:
-            new = self._sum([node])
-        elif node.op == "add":
-            new = self._sum(_terms(node, self.uses))
-        else:
-            new = expr.apply(node.op, *(self.rewrite(arg) for arg in node.args))
-        self.done[node] = new
-        return new
+        waiting = [] if node in self.done else [(node, self._rewriting(node))]
+        answer: Node | None = None
+        while waiting:
+            asker, steps = waiting[-1]
+            try:
+                wanted = steps.send(answer)
+            except StopIteration as finished:
+                answer = self.done[asker] = finished.value
+                waiting.pop()
+            else:
+                answer = self.done.get(wanted)
+                if answer is None:
+                    waiting.append((wanted, self._rewriting(wanted)))
+        return self.done[node]
 
-    def _sum(self, terms: list[Node]) -> Node:
+    def _rewriting(self, node: Node) -> Rewriting:
+        """One node of `rewrite`, which sends it the new form of every node that it yields."""
+        if node in self.adjoints:
+            return self._adjoint_of_state(node)
+        if node.op == "const":
+            return node
+        if node.op == "parameter":
+            vector = self.plan.vector(self.width(node), (node,))
+            self.wide[vector] = self.width(node)
+            return vector
+        if node.op == self.product_op:
+            return (yield from self._sum([node]))
+        if node.op == "add":
+            return (yield from self._sum(_terms(node, self.uses)))
+        args = []
+        for arg in node.args:
+            args.append((yield arg))
+        return expr.apply(node.op, *args)
+
+    def _sum(self, terms: list[Node]) -> Rewriting:
         """A sum whose products go into an accumulator, and the biases beside them into the accumulator's start."""
         alone = {term for term in terms if term.op == self.product_op and (self.uses[term] == 1 or len(terms) == 1)}
         inputs = [t for t in terms if t in alone and t.args[0].op == "input"][:1]
-        rest = [t for t in terms if t in alone and t.args[0].op != "input"]
-        depth = max((self._depth(t) for t in rest), default=0)
-        rest = [t for t in rest if self._depth(t) == depth]
-        if not inputs and not rest:
-            return _added([self.rewrite(term) for term in terms])
+        depths: dict[Node, int] = {}
+        for term in terms:
+            if term in alone and term.args[0].op != "input":
+                depths[term] = yield from self._depth(term)
+        depth = max(depths.values(), default=0)
+        rest = [term for term in depths if depths[term] == depth]
         vectors = tuple(t for t in terms if t.op == "parameter" and t.data[0] in VECTORS)
-        taken = {*inputs, *rest, *vectors}
-        others = [self.rewrite(term) for term in terms if term not in taken]
+        summed = bool(inputs or rest)
+        taken = {*inputs, *rest, *vectors} if summed else set()
+        others = []
+        for term in terms:
+            if term not in taken:
+                others.append((yield term))
+        if not summed:
+            return _added(others)
         width = self.width(terms[0]) if len(terms) == 1 else self.width((inputs + rest)[0])
         start: Node | None = None
         if inputs:
@@ -417,7 +465,8 @@ class _Stager:
                 self._operand(product.args[0])
         leaf = make("accumulator", (), (len(self.accumulators),))
         self.accumulators.append(Accumulator(leaf, products, start))
-        self.level[leaf], self.wide[leaf] = depth, width
+        self.level[leaf], self.wide[leaf], self.again[leaf] = depth, width, 0
+        self.summed.add(leaf)
         return leaf
 
     def _operand(self, operand: Node) -> None:
@@ -425,30 +474,34 @@ class _Stager:
         if operand not in self.plan.operands:
             self.plan.operands[operand] = memory(f"operand:{len(self.plan.operands)}")
 
-    def _depth(self, product: Node) -> int:
+    def _depth(self, product: Node) -> Generator[Node, Node, int]:
         """The stage at which a product can run."""
         operand = product.args[0]
-        if operand.op in ("input", "state") or self._is_carried(product):
+        if operand.op in ("input", "state") or product in self.carried:
             return 0
-        value = self.rewrite(operand)
+        value = yield operand
         self._measure([value])
         return self.level[value] + 1
-
-    def _is_carried(self, product: Node) -> bool:
-        return isinstance(self.plan, BackwardPlan) and any(
-            product is other for carried in self.plan.carried.values() for other in carried
-        )
 
     # levels
 
     def _measure(self, roots: Iterable[Node]) -> None:
-        for node in expr.postorder(roots):
-            if node not in self.level:
-                self.level[node] = max((self.level[arg] for arg in node.args), default=0)
-            if node not in self.wide:
-                widths = [self.wide[arg] for arg in node.args if arg in self.wide]
-                if widths:
-                    self.wide[node] = widths[0]
+        """Of every node: its level, its width, whether sums of products are in it, what doing it again would cost."""
+        for node in expr.postorder(roots, stop=lambda n: n in self.level):
+            if node in self.level:
+                continue
+            self.level[node] = max((self.level[arg] for arg in node.args), default=0)
+            if any(arg in self.summed for arg in node.args):
+                self.summed.add(node)
+            cost = min(AGAIN + 1, 1 + sum(self.again[arg] for arg in node.args)) if node.op in OPS else 0
+            self.again[node] = 0 if self._is_dear(node) else cost
+            widths = [self.wide[arg] for arg in node.args if arg in self.wide]
+            if widths and node not in self.wide:
+                self.wide[node] = widths[0]
+
+    def _is_dear(self, node: Node) -> bool:
+        """Whether a later stage reads the value back whatever lies under it: a sum of products, a costly function."""
+        return node in self.summed and not (node.op in OPS and OPS[node.op].cheap)
 
     def _width_of(self, node: Node, place: Node) -> str:
         """The width of a value by where it goes: a tiled buffer says it in its name."""
@@ -469,47 +522,47 @@ class _Stager:
     def _crossings(self, stores: list[_Store]) -> list[_Store]:
         """Values of one level that a later level needs: written to scratch, and read back there.
 
-        Only what is costly crosses; cheap operations are done again on the other side.
+        Only what is costly crosses; what takes few cheap operations is done again on the other side.
         """
         self.crossing: dict[Node, Node] = {}
-        for store in stores:
-            self._cross(store.value, store.level)
+        seen: set[tuple[Node, int]] = set()
+        waiting = [(store.value, store.level) for store in reversed(stores)]
+        while waiting:
+            node, level = visit = waiting.pop()
+            if visit in seen or node in self.crossing or not (node.op in OPS or node.op == "accumulator"):
+                continue
+            seen.add(visit)
+            if self.level[node] != level and (self._is_dear(node) or self.again[node] > AGAIN):
+                width = self.wide.get(node, "hidden")
+                place = self.crossing[node] = self.plan.slot(f"scratch:{width}")
+                self.wide[place] = width
+                level = self.level[node]
+            waiting.extend((arg, level) for arg in reversed(node.args))
         found = [_Store(value, place, self.wide[place]) for value, place in self.crossing.items()]
         self._date(found)
         return found
 
-    def _cross(self, node: Node, level: int) -> None:
-        if node in self.crossing or not (node.op in OPS or node.op == "accumulator"):
-            return
-        if self.level[node] == level or self._from_memory(node) or (node.op in OPS and OPS[node.op].cheap):
-            for arg in node.args:
-                self._cross(arg, level)
-            return
-        width = self.wide.get(node, "hidden")
-        place = self.crossing[node] = self.plan.slot(f"scratch:{width}")
-        self.wide[place] = width
-        self._cross(node, self.level[node])
-
-    def _from_memory(self, node: Node) -> bool:
-        return not any(n.op == "accumulator" for n in expr.postorder([node]))
-
     def _deal(self, stores: list[_Store]) -> None:
         dealt: dict[tuple[int, str], list[_Store]] = {}
+        own: dict[tuple[int, str], list[Accumulator]] = {}
         for store in stores:
             dealt.setdefault((store.level, store.width), []).append(store)
         for accumulator in self.accumulators:
-            dealt.setdefault((self.level[accumulator.leaf], self.wide[accumulator.leaf]), [])
+            where = self.level[accumulator.leaf], self.wide[accumulator.leaf]
+            own.setdefault(where, []).append(accumulator)
+            dealt.setdefault(where, [])
+        crossing = sorted(self.crossing.items(), key=lambda pair: self.level[pair[0]], reverse=True)
+        earlier: dict[Node, Node] = {}
         stages: list[Stage] = []
         for level, width in sorted(dealt):
-            own = [a for a in self.accumulators if (self.level[a.leaf], self.wide[a.leaf]) == (level, width)]
-            values = [(self._as_of(store.value, level), store.place) for store in dealt[level, width]]
-            stages.append(Stage(f"stage{len(stages)}", width, self._groups(own), tuple(own), tuple(values)))
+            while crossing and self.level[crossing[-1][0]] < level:
+                earlier.update([crossing.pop()])
+            ends, sums = dealt[level, width], own.get((level, width), [])
+            # everything from earlier levels is read back from where it was written
+            values = expr.substitute_all([store.value for store in ends], earlier)
+            pairs = tuple((value, store.place) for value, store in zip(values, ends, strict=True))
+            stages.append(Stage(f"stage{len(stages)}", width, self._groups(sums), tuple(sums), pairs))
         self.plan.stages = tuple(stages)
-
-    def _as_of(self, value: Node, level: int) -> Node:
-        """The value with everything from earlier levels read back from where it was written."""
-        earlier = {node: place for node, place in self.crossing.items() if self.level[node] < level}
-        return expr.substitute(value, earlier)
 
     def _groups(self, accumulators: list[Accumulator]) -> tuple[Group, ...]:
         """Products by what their loop reads. A loop over the ring feeds one accumulator, in the order of its slots."""
@@ -530,7 +583,7 @@ class _Stager:
         """What a product's loop reads: rows of a state, rows of a computed operand, or the ring of deltas."""
         operand = product.args[0]
         if product.op == "transposed":
-            which = "ring_next" if self._is_carried(product) else "ring"
+            which = "ring_next" if product in self.carried else "ring"
             return memory(f"{which}:{self.width(operand)}")
         if operand.op == "state":
             return memory(f"before:{operand.data[0]}")

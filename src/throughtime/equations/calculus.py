@@ -14,6 +14,7 @@ from functools import cache
 from throughtime.equations import expr
 from throughtime.equations.cell import Cell
 from throughtime.equations.expr import OPS, Node, make
+from throughtime.errors import CellError
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,10 @@ def reverse(seeds: Iterable[tuple[Node, Node]], through_products: bool = True) -
     for node, seed in seeds:
         add(node, seed)
     result: dict[Node, Node] = {}
-    for node in reversed(expr.postorder([node for node, _ in seeds])):
+    order = expr.postorder(
+        [node for node, _ in seeds], stop=lambda node: node.op == "product" and not through_products
+    )
+    for node in reversed(order):
         if node not in total:
             continue
         g = result[node] = total[node]
@@ -116,11 +120,11 @@ def _frontier(roots: Iterable[Node], forward: set[Node]) -> list[Node]:
 
 
 def _minimum_cut(needed: list[Node], free: set[Node]) -> set[Node]:
-    """Max-flow by augmenting paths (Edmonds & Karp 1972) on a graph whose nodes, not edges, have capacity one."""
+    """Maximum flow through a graph whose nodes, not edges, have capacity one, and the cut nearest to its end."""
     below = [n for n in expr.postorder(needed, stop=lambda n: n in free or not _cheap(n)) if n not in free]
     inside = set(below)
     many = len(below) + 1
-    graph: dict[object, dict[object, int]] = {}
+    graph: Network = {"source": {}, "sink": {}}
 
     def edge(start: object, end: object, capacity: int) -> None:
         graph.setdefault(start, {})[end] = capacity
@@ -136,10 +140,8 @@ def _minimum_cut(needed: list[Node], free: set[Node]) -> set[Node]:
                     edge(("out", arg), ("in", node), many)
     for node in needed:
         edge(("out", node), "sink", many)
-    while path := _path(graph, "source", "sink"):
-        for start, end in path:
-            graph[start][end] -= 1
-            graph[end][start] += 1
+    while (distance := _distances(graph, "source", "sink")) is not None:
+        _fill(graph, distance, "source", "sink")
     reaching = _reaching(graph, "sink")
     return {node for node in below if ("out", node) in reaching and ("in", node) not in reaching}
 
@@ -148,30 +150,53 @@ def _cheap(node: Node) -> bool:
     return node.op in OPS and OPS[node.op].cheap
 
 
-def _path(graph: dict[object, dict[object, int]], start: object, goal: object) -> list[tuple[object, object]]:
-    came: dict[object, object] = {start: None}
+Network = dict[object, dict[object, int]]
+"""What may still flow along each edge; every edge has one back, along which flow is undone."""
+
+
+def _distances(graph: Network, start: object, goal: object) -> dict[object, int] | None:
+    """How many edges with capacity lead to each place, as far as the goal; None where none lead to the goal."""
+    distance = {start: 0}
     queue = deque([start])
-    while queue and goal not in came:
+    while queue and goal not in distance:
         here = queue.popleft()
-        for there, capacity in graph.get(here, {}).items():
-            if capacity > 0 and there not in came:
-                came[there] = here
+        for there, capacity in graph[here].items():
+            if capacity > 0 and there not in distance:
+                distance[there] = distance[here] + 1
                 queue.append(there)
-    path: list[tuple[object, object]] = []
-    step: object = goal if goal in came else start
-    while step != start:
-        path.append((came[step], step))
-        step = came[step]
-    return path
+    return distance if goal in distance else None
 
 
-def _reaching(graph: dict[object, dict[object, int]], goal: object) -> set[object]:
+def _fill(graph: Network, distance: dict[object, int], start: object, goal: object) -> None:
+    """Send flow along shortest paths until each is blocked (Dinic 1970): every edge that fails is tried once."""
+    ways = {place: list(graph[place]) for place in distance}
+    path = [start]
+    while path:
+        here = path[-1]
+        if here == goal:
+            edges = list(zip(path, path[1:], strict=False))
+            flow = min(graph[a][b] for a, b in edges)
+            for a, b in edges:
+                graph[a][b] -= flow
+                graph[b][a] += flow
+            path = path[: 1 + next(i for i, (a, b) in enumerate(edges) if graph[a][b] == 0)]
+        elif not ways[here]:
+            path.pop()
+            if path:
+                ways[path[-1]].pop()
+        elif graph[here][there := ways[here][-1]] > 0 and distance.get(there) == distance[here] + 1:
+            path.append(there)
+        else:
+            ways[here].pop()
+
+
+def _reaching(graph: Network, goal: object) -> set[object]:
     """Everything from which the goal can still be reached."""
     seen = {goal}
     queue = deque([goal])
     while queue:
         here = queue.popleft()
-        for there in graph.get(here, {}):
+        for there in graph[here]:
             if there not in seen and graph[there].get(here, 0) > 0:
                 seen.add(there)
                 queue.append(there)
@@ -190,24 +215,56 @@ class Chain:
     matrices: tuple[tuple[str, str], ...]
 
 
+MOST_CHAINS = 256
+"""The most chains that a step Jacobian is written out in; a cell of stacked products can have more than 2^64."""
+
+
 @cache
 def jacobian(cell: Cell) -> dict[tuple[str, str], tuple[Chain, ...]]:
-    """The derivative of each next state by each state, as a sum of chains of diagonals and weight matrices."""
+    """The derivative of each next state by each state, as a sum of chains of diagonals and weight matrices.
+
+    Raises CellError where there are more than `MOST_CHAINS`.
+    """
+    slopes: dict[Node, dict[Node, Node]] = {}
+    if (count := _chains(cell, slopes)) > MOST_CHAINS:
+        raise CellError(
+            f"the step Jacobian of {cell.name} is a sum of {count:,} chains of matrices, one for each way through its "
+            f"products, and more than {MOST_CHAINS} are not written out; give the cell fewer products in a row"
+        )
     found: dict[tuple[str, str], list[Chain]] = {}
     for state, node in zip(cell.states, cell.next, strict=True):
-        for origin, chain in _chains(node):
-            found.setdefault((state, origin), []).append(chain)
+        waiting: list[tuple[Node, Node, tuple[Node, ...], tuple[tuple[str, str], ...]]]
+        waiting = [(leaf, slope, (), ()) for leaf, slope in reversed(slopes[node].items())]
+        while waiting:
+            leaf, slope, diagonals, matrices = waiting.pop()
+            diagonals = (*diagonals, slope)
+            if leaf.op == "state":
+                found.setdefault((state, leaf.data[0]), []).append(Chain(diagonals, matrices))
+            else:
+                below = reversed(slopes[leaf.args[0]].items())
+                waiting.extend((under, by, diagonals, (*matrices, leaf.data)) for under, by in below)
     return {pair: tuple(chains) for pair, chains in found.items()}
 
 
-def _chains(node: Node) -> Iterable[tuple[str, Chain]]:
-    partial = reverse([(node, expr.constant(1.0))], through_products=False)
-    for leaf, slope in partial.items():
-        if leaf.op == "state":
-            yield leaf.data[0], Chain((slope,), ())
-        elif leaf.op == "product" and leaf.args[0].op != "input":
-            for origin, chain in _chains(leaf.args[0]):
-                yield origin, Chain((slope, *chain.diagonals), (leaf.data, *chain.matrices))
+def chains_in(cell: Cell) -> int:
+    """How many chains the step Jacobian is a sum of."""
+    return _chains(cell, {})
+
+
+def _chains(cell: Cell, slopes: dict[Node, dict[Node, Node]]) -> int:
+    """The number of chains; fills `slopes`, the slopes of next states and operands by the states and products below."""
+    ways: dict[Node, int] = {}
+    operands = [node.args[0] for node in cell.nodes if node.op == "product" and node.args[0].op != "input"]
+    for node in dict.fromkeys([*operands, *cell.next]):
+        partial = reverse([(node, expr.constant(1.0))], through_products=False)
+        slopes[node] = {leaf: slope for leaf, slope in partial.items() if _carries(leaf)}
+        ways[node] = sum(1 if leaf.op == "state" else ways[leaf.args[0]] for leaf in slopes[node])
+    return sum(ways[node] for node in cell.next)
+
+
+def _carries(leaf: Node) -> bool:
+    """Whether a state's influence comes through this leaf."""
+    return leaf.op == "state" or (leaf.op == "product" and leaf.args[0].op != "input")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -32,6 +32,9 @@ VECTORS = {"b": "bias_ih", "c": "bias_hh", "d": "bias_hh", "p": "weight_p"}
 
 NAMESPACES = MATRICES | VECTORS
 
+TAKEN = ("x", *(letter for letter in NAMESPACES if letter not in ("c", "d")))
+"""What no state and no outside input may be called; `c` and `d` may, for the second bias then has the other name."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -221,6 +224,8 @@ def _read(record: dict[str, Any]) -> Cell:
     states, gates, per_step, per_sequence = (
         _words(record, key) for key in ("states", "gates", "per_step", "per_sequence")
     )
+    if wrong := [name for name in (*states, *per_step, *per_sequence) if name in TAKEN or not name.isidentifier()]:
+        raise CellError(f"the cell's JSON calls a state or an outside input {wrong[0]!r}, which no cell can")
     nodes: list[Node] = []
     for place, (op, args, data) in enumerate(record["nodes"]):
         if any(type(i) is not int or not 0 <= i < place for i in args):
@@ -317,7 +322,7 @@ def _product(namespace: str, gate: str, operand: Node) -> Node:
         )
     if namespace != "W" and operand.op == "input":
         raise CellError(f"{label} multiplies states and values of this step; for the input x write W")
-    if not any(node.op in ("input", "state") for node in expr.postorder([operand])):
+    if not operand.varies:
         raise CellError(
             f"{label} multiplies something that depends on neither x nor a state: put an outside input among the "
             f"features of x, and write a product of parameters as b.{gate or 'gate'}"
@@ -471,6 +476,11 @@ def _arguments(
 
     if not states or len(set(states)) != len(states):
         refuse('states= must name each state once, such as states="h" or states="h c"')
+    for name in (*states, *outside):
+        if name in TAKEN:
+            kind, way = ("a state", 'states="h"') if name in states else ("an outside input", 'per_step="mask"')
+            means = "the input" if name == "x" else "a namespace of the parameters"
+            refuse(f"{kind} is called {name}, and {name} is {means} in every cell; choose another name, such as {way}")
     kinds = inspect.signature(fn).parameters
     positional = [p.name for p in kinds.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in kinds.values()):

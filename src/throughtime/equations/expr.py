@@ -150,12 +150,14 @@ class Placeholder(Arithmetic):
 class Node(Arithmetic):
     """One value of a step: an operation on other nodes, or a leaf. Compare with `is`; build with operators."""
 
-    __slots__ = ("__weakref__", "args", "data", "op", "serial")
+    __slots__ = ("__weakref__", "args", "data", "op", "serial", "varies")
 
     op: str
     args: tuple[Node, ...]
     data: tuple[Any, ...]
     serial: int
+    varies: bool
+    """Whether the value depends on the input or a state; noted when the node is made, so that nothing has to walk."""
 
     def __init__(self, *_: object) -> None:
         raise CellError("nodes are made by writing equations inside a function under @cell, not by calling Node()")
@@ -204,6 +206,7 @@ def make(op: str, args: tuple[Node, ...] = (), data: tuple[Any, ...] = ()) -> No
         if node is None:
             node = object.__new__(Node)
             node.op, node.args, node.data = op, args, data
+            node.varies = op in ("input", "state") or any(arg.varies for arg in args)
             _last_serial += 1
             node.serial = _last_serial
             _nodes[key] = node
@@ -464,14 +467,25 @@ def fold(
 
     One walk serves every target: torch tensors, LLVM values, Python floats, text. Nodes in `known` keep their meaning.
     """
-    meaning = dict(known or {})
-    for node in postorder(roots, stop=lambda n: n in meaning or n.op not in OPS):
-        if node not in meaning:
-            is_leaf = node.op not in OPS
-            meaning[node] = leaf(node) if is_leaf else operation(node, [meaning[arg] for arg in node.args])
+    known = known or {}
+    meaning: dict[Node, Any] = {}
+    for node in postorder(roots, stop=lambda n: n in known or n.op not in OPS):
+        if node in known:
+            meaning[node] = known[node]
+        elif node.op in OPS:
+            meaning[node] = operation(node, [meaning[arg] for arg in node.args])
+        else:
+            meaning[node] = leaf(node)
     return meaning
 
 
 def substitute(node: Node, replacement: dict[Node, Node]) -> Node:
     """The same expression with some nodes replaced by others."""
-    return fold([node], lambda n: n, lambda n, args: apply(n.op, *args), dict(replacement))[node]
+    return substitute_all([node], replacement)[0]
+
+
+def substitute_all(nodes: Iterable[Node], replacement: dict[Node, Node]) -> list[Node]:
+    """The same expressions with some nodes replaced by others, in one walk over what they share."""
+    nodes = list(nodes)
+    now = fold(nodes, lambda n: n, lambda n, args: apply(n.op, *args), replacement)
+    return [now[node] for node in nodes]

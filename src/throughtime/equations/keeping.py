@@ -54,17 +54,19 @@ def keepers(cell: Cell) -> tuple[Keeper, ...]:
     The derivative of the next state by the old one, with products and all gates held fixed, is taken at both ends of
     each gate, for several values of everything else: 1 at one end and 0 at the other make a keeper.
     """
-    gates = [_gate(node) for node in cell.nodes if node.op == "sigmoid"]
+    gates = {node: _leaf(place) for place, node in enumerate(n for n in cell.nodes if n.op == "sigmoid")}
     found = []
     for state, after in zip(cell.states, cell.next, strict=True):
         slope = _direct_slope(after, state, gates)
         if slope is None:
             continue
-        for gate in gates:
-            sign = _sign(slope, gate, gates)
+        inside = set(expr.postorder([slope]))
+        for gate, leaf in gates.items():
+            sign = _sign(slope, leaf) if leaf in inside else 0
             if sign:
-                writer, writer_sign = _writer(state, after, (gate, sign), gates)
-                found.append(Keeper(state, gate, sign, writer, writer_sign))
+                writer, writer_sign = _writer(state, after, gate, sign)
+                of_writer = None if writer is None else _gate(writer)
+                found.append(Keeper(state, _gate(gate), sign, of_writer, writer_sign))
     return tuple(found)
 
 
@@ -80,9 +82,9 @@ def _gate(node: Node) -> Gate:
     return Gate(node, letters[0] if letters else "without a name", biases)
 
 
-def _direct_slope(after: Node, state: str, gates: list[Gate]) -> Node | None:
+def _direct_slope(after: Node, state: str, gates: dict[Node, Node]) -> Node | None:
     """The derivative of a next state by its old value, past all products, with every gate a value of its own."""
-    apart = expr.substitute(after, {gate.node: _leaf(place) for place, gate in enumerate(gates)})
+    apart = expr.substitute(after, gates)
     slopes = calculus.reverse([(apart, expr.constant(1.0))], through_products=False)
     return slopes.get(make("state", (), (state,)))
 
@@ -92,26 +94,25 @@ def _leaf(place: int) -> Node:
     return make("outside", (), (f"gate {place}",))
 
 
-def _sign(slope: Node, gate: Gate, gates: list[Gate]) -> int:
+def _sign(slope: Node, gate: Node) -> int:
     """+1 for a gate that keeps when open, -1 for one that keeps when closed, 0 for one that does neither."""
-    place = gates.index(gate)
-    at_end = [_values(slope, {_leaf(place): end}) for end in (0.0, 1.0)]
+    at_end = [_values(slope, {gate: end}) for end in (0.0, 1.0)]
     for sign, (none, whole) in ((1, at_end), (-1, at_end[::-1])):
         if _all_near(none, 0.0) and _all_near(whole, 1.0):
             return sign
     return 0
 
 
-def _writer(state: str, after: Node, keeper: tuple[Gate, int], gates: list[Gate]) -> tuple[Gate | None, int]:
+def _writer(state: str, after: Node, gate: Node, sign: int) -> tuple[Node | None, int]:
     """The gate that, shut while the keeper keeps, leaves the state exactly as it was; None if the keeper alone does."""
-    gate, sign = keeper
-    kept = {gate.node: (1.0 + sign) / 2}
+    kept = {gate: (1.0 + sign) / 2}
     change = after - make("state", (), (state,))
     if _all_near(_values(change, kept), 0.0):
         return None, 1
+    gates = [node for node in expr.postorder([after], stop=lambda n: n.op == "sigmoid") if node.op == "sigmoid"]
     for other in gates:
         for writer_sign, shut in ((1, 0.0), (-1, 1.0)):
-            if other is not gate and _all_near(_values(change, {**kept, other.node: shut}), 0.0):
+            if other is not gate and _all_near(_values(change, {**kept, other: shut}), 0.0):
                 return other, writer_sign
     return None, 1
 

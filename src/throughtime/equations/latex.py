@@ -6,6 +6,7 @@ walk over the same graphs with another column of the table of operations.
 
 from __future__ import annotations
 
+import itertools
 import textwrap
 import unicodedata
 from collections import Counter
@@ -31,6 +32,11 @@ WIDE = 100
 """A sum longer than this many characters gets a line for each term."""
 LONG, LONG_ADJOINT = 4, 12
 """How many nodes are written out at length more than once before they get a letter."""
+LONGEST = 80
+"""How many nodes are written out in one equation, used once or not; what is longer gets a letter for a part of it."""
+
+PRIMES = 3
+"""How many primes tell letters apart before a number does."""
 
 RELATION, SUM, FACTOR, MATRIX, ATOM = range(5)
 """How strongly a piece of text binds: the strengths of the table of operations, and a matrix product's."""
@@ -156,7 +162,7 @@ class Script:
 
     def delta(self, namespace: str, gate: str, primes: int = 0) -> str:
         """The adjoint of a product, marked by its gate and, where that is not enough, its namespace and primes."""
-        mark = namespace + gate + "'" * primes
+        mark = namespace + gate + ("'" * primes if primes <= PRIMES else str(primes))
         return f"δ^{mark}_t" if mark else "δ_t"
 
     def power(self, base: str, exponent: int) -> str:
@@ -236,7 +242,7 @@ class Latex(Script):
     def delta(self, namespace: str, gate: str, primes: int = 0) -> str:
         """The adjoint of a product, its marks in the exponent."""
         mark = f"{namespace}_{{{self.word(gate)}}}" if namespace and gate else namespace + self.word(gate)
-        mark += r"\prime" * primes
+        mark += r"\prime" * primes if primes <= PRIMES else str(primes)
         return rf"\delta^{{{mark}}}_t" if mark else r"\delta_t"
 
     def power(self, base: str, exponent: int) -> str:
@@ -279,22 +285,35 @@ def parts_of(name: str) -> tuple[str, str, str]:
 
 
 class Writer:
-    """Writes nodes in a script. A node in `names` is written by its name wherever it is used."""
+    """Writes nodes in a script. A node in `names` is written by its name wherever it is used.
 
-    def __init__(self, script: Script) -> None:
+    With `longest`, what takes more characters stands as an ellipsis inside of what is larger: for single values of any
+    cell, whose text may be exponentially long.
+    """
+
+    def __init__(self, script: Script, longest: int | None = None) -> None:
         self.script = script
+        self.longest = longest
         self.names: dict[Node, Piece] = {}
 
     def __call__(self, node: Node) -> Piece:
         """The node as a part of something larger."""
-        piece: Piece = expr.fold([node], self._leaf, self._operation, self.names)[node]
-        return piece
+        pieces: dict[Node, Piece] = {}
+        for part in expr.postorder([node], stop=lambda n: n in self.names):
+            known = self.names.get(part)
+            pieces[part] = known or self._written(part, [pieces[arg] for arg in part.args])
+        return pieces[node]
 
     def definition(self, node: Node) -> Piece:
         """What a node that may have a name stands for."""
-        return self._operation(node, [self(arg) for arg in node.args]) if node.op in OPS else self._leaf(node)
+        return self._written(node, [self(arg) for arg in node.args])
 
-    def _leaf(self, node: Node) -> Piece:
+    def _written(self, node: Node, args: list[Piece]) -> Piece:
+        if self.longest is not None:
+            args = [_one("…") if sum(len(text) for _, text in arg.terms) > self.longest else arg for arg in args]
+        return self._operation(node, args) if node.op in OPS else self._leaf(node, args)
+
+    def _leaf(self, node: Node, args: list[Piece]) -> Piece:
         script = self.script
         if node.op == "const":
             value = node.data[0]
@@ -302,7 +321,7 @@ class Writer:
         if node.op in ("product", "transposed"):
             matrix = script.symbol(*node.data)
             matrix = matrix if node.op == "product" else script.transposed.format(matrix)
-            return _one(f"{matrix} {script.enclosed(self(node.args[0]), ATOM)}", MATRIX)
+            return _one(f"{matrix} {script.enclosed(args[0], ATOM)}", MATRIX)
         if node.op == "parameter":
             return _one(script.symbol(*node.data))
         name = node.data[0] if node.data else "x"
@@ -392,12 +411,14 @@ class _Board:
     def __init__(self, cell: Cell, script: Script) -> None:
         self.cell, self.script, self.write = cell, script, Writer(script)
         self.adjoint = calculus.adjoint(cell)
-        self.jacobians = calculus.jacobian(cell)
+        self.chains = calculus.chains_in(cell)
+        self.jacobians = calculus.jacobian(cell) if self.chains <= calculus.MOST_CHAINS else {}
         self.forward = set(cell.nodes)
         self.variable: dict[Node, str] = {}
         self.given = {"x", *cell.states, *cell.outside, *(p.namespace for p in cell.parameters)}
         self.letters = self.given | set(cell.names)
         self.defined: set[Node] = set()
+        self.spares: dict[tuple[str, ...], Iterator[str]] = {}
         self._name_values()
         self._name_adjoints()
 
@@ -420,9 +441,8 @@ class _Board:
         for variable, node in cell.names.items():
             if variable not in self.given:
                 name(node, variable)
-        for node in self._repeated((*cell.next, *self.adjoint.roots), LONG):
-            if node in self.forward:
-                name(node, self._spare(SPARE))
+        for node in self._unwieldy((*cell.next, *self.adjoint.roots), LONG, lambda node: node in self.forward):
+            name(node, self._spare(SPARE))
 
     def _moving(self) -> set[Node]:
         """The values that change from step to step."""
@@ -437,13 +457,14 @@ class _Board:
         """A delta for each adjoint of a product, a bar for each adjoint of a named value, a letter for the rest."""
         names, script = self.write.names, self.script
         taken = {piece.text for piece in names.values()}
+        alike: Counter[tuple[str, str]] = Counter()
         for product, g in self.adjoint.delta.items():
             if g in names or g.op == "adjoint":
                 continue
             namespace, gate = product.data
             if namespace == "P" or script.delta("", gate) in taken:
-                primes = next(n for n in range(len(taken) + 1) if script.delta(namespace, gate, n) not in taken)
-                symbol = script.delta(namespace, gate, primes)
+                while (symbol := script.delta(namespace, gate, alike[product.data])) in taken:
+                    alike[product.data] += 1
             else:
                 symbol = script.delta("", gate)
             taken.add(symbol)
@@ -452,28 +473,29 @@ class _Board:
             if node in self.variable and g not in names and g.op != "adjoint":
                 names[g] = _one(script.symbol(self.variable[node], time="t", bar=True))
         diagonals = [d for chains in self.jacobians.values() for chain in chains for d in chain.diagonals]
-        for node in self._repeated((*self.adjoint.roots, *diagonals), LONG_ADJOINT):
-            if node not in self.forward:
-                names[node] = _one(script.symbol(self._spare(SPARE_GREEK), time="t"))
+        roots = (*self.adjoint.roots, *diagonals)
+        for node in self._unwieldy(roots, LONG_ADJOINT, lambda node: node not in self.forward):
+            names[node] = _one(script.symbol(self._spare(SPARE_GREEK), time="t"))
 
-    def _repeated(self, roots: Iterable[Node], long: int) -> Iterator[Node]:
-        """The nodes without a name that would be written out at length more than once."""
+    def _unwieldy(self, roots: Iterable[Node], long: int, fit: Callable[[Node], bool]) -> Iterator[Node]:
+        """The nodes without a name that are written out at length more than once, or at too great a length."""
         order = expr.postorder(dict.fromkeys(roots))
         uses = Counter(arg for node in order for arg in set(node.args))
-        length: dict[Node, int] = {}
+        length: dict[Node, int] = {}  # equal arguments counted once: twice the same is written as a square or a double
+        whole: dict[Node, int] = {}
         for node in order:
-            length[node] = 1 if node in self.write.names else 1 + sum(length[arg] for arg in set(node.args))
-            if length[node] > long and uses[node] > 1 and not node.is_condition:
-                length[node] = 1
+            named = node in self.write.names
+            length[node] = 1 if named else 1 + sum(length[arg] for arg in set(node.args))
+            whole[node] = 1 if named else 1 + sum(whole[arg] for arg in node.args)
+            repeated = length[node] > long and uses[node] > 1
+            if (repeated or whole[node] > LONGEST) and not named and not node.is_condition and fit(node):
+                length[node] = whole[node] = 1
                 yield node
 
     def _spare(self, letters: tuple[str, ...]) -> str:
-        letter = next(
-            name
-            for number in range(len(self.letters) + 1)
-            for letter in letters
-            if (name := f"{letter}{number or ''}") not in self.letters
-        )
+        if letters not in self.spares:
+            self.spares[letters] = (f"{letter}{number or ''}" for number in itertools.count() for letter in letters)
+        letter = next(name for name in self.spares[letters] if name not in self.letters)
         self.letters.add(letter)
         return letter
 
@@ -577,6 +599,12 @@ class _Board:
             terms = tuple(map(self._chain, chains))
             equations.append(Equation(left, self._broken(Piece(terms, SUM)) if terms else "0"))
         note = "its products from step to step are what makes gradients vanish or explode"
+        if self.chains > calculus.MOST_CHAINS:
+            note = (
+                f"a sum of {self.chains:,} chains of diagonals and matrices, one for each way through the products, too many "
+                "to write out"
+            )
+            equations = []
         return Section("The step Jacobian", note, tuple(equations))
 
     def _chain(self, chain: calculus.Chain) -> tuple[bool, str]:

@@ -28,6 +28,9 @@ NEAR = 0.05
 ENDS = {"sigmoid": (NEAR, 1 - NEAR), "tanh": (NEAR - 1, 1 - NEAR), "relu": (0.0, math.inf)}
 """Below and above which each kind of gate is saturated."""
 
+LONGEST = 200
+"""How many characters of an equation a name quotes; more are an ellipsis."""
+
 STILL = 1e-6
 """A unit whose values lie closer together than this, as a share of its largest (or of 1), does not move."""
 
@@ -206,13 +209,12 @@ def _squashed(cell: Cell) -> list[Node]:
     """The gates, those that the author named first and in the author's order."""
     named = list(cell.names.values())
     places = {node: place for place, node in enumerate(named)}
-    found = [node for node in cell.nodes if node.op in ENDS and _moves(node)]
+    moves: set[Node] = set()  # what changes from step to step or row to row
+    for node in cell.nodes:
+        if node.varies or node.op == "outside" or any(arg in moves for arg in node.args):
+            moves.add(node)
+    found = [node for node in cell.nodes if node.op in ENDS and node in moves]
     return sorted(found, key=lambda node: places.get(node, len(named)))
-
-
-def _moves(node: Node) -> bool:
-    """Whether a value changes from step to step or row to row."""
-    return any(under.op in ("input", "state", "outside") for under in expr.postorder([node]))
 
 
 def _still(output: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -241,7 +243,7 @@ def _written(cell: Cell, node: Node) -> str:
 
 def writer(cell: Cell) -> latex.Writer:
     """Writes a cell's nodes as the blackboard has them, by the author's names."""
-    write = latex.Writer(latex.TERMINAL)
+    write = latex.Writer(latex.TERMINAL, longest=LONGEST)
     for name, node in cell.names.items():
         write.names[node] = latex.Piece(((False, name),))
     return write

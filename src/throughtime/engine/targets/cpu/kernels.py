@@ -19,6 +19,9 @@ from throughtime.equations.expr import OPS, Node
 BLOCK = 64
 """How many terms are summed before the sum is added to its total."""
 
+LONG = 64
+"""So many unit operations take up a kernel as much as an accumulator does."""
+
 
 class Frame:
     """The names of a frame's integers, and the place of each."""
@@ -61,8 +64,11 @@ class Shape:
 
 
 def vectors_per_tile(stage: Stage) -> int:
-    """The accumulators that a stage needs for one row and one tile of units."""
-    return max(1, len(stage.accumulators))
+    """The accumulators that a stage needs for one row and one tile of units.
+
+    Long unit equations count as more, so that their code is written out, and compiled, for fewer rows and tiles.
+    """
+    return max(1, len(stage.accumulators), stage.operations // LONG)
 
 
 def row_limit(vectors: int) -> int:
