@@ -19,3 +19,7 @@ class DataError(ThroughtimeError):
 
 class TargetError(ThroughtimeError):
     """A target of the engine is unknown, or cannot run what it was asked to run."""
+
+
+class ModelError(ThroughtimeError):
+    """Another library's model or file cannot be read as our layers, or our layers cannot be written as its."""

@@ -143,7 +143,7 @@ _DROP_INS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
 }
 
 
-def _without_biases(cell: Cell) -> Cell:
+def without_biases(cell: Cell) -> Cell:
     """The same equations with every bias 0; the rest of the library derives from them as from any others."""
     now: dict[expr.Node, expr.Node] = {}
     for node in cell.nodes:
@@ -167,7 +167,7 @@ _EQUATIONS: dict[tuple[str, bool], Cell] = {
 }
 
 _CELLS: dict[tuple[str, bool, bool], Cell] = {
-    (mode, projected, bias): (cell if bias else _without_biases(cell)).settled()
+    (mode, projected, bias): (cell if bias else without_biases(cell)).settled()
     for (mode, projected), cell in _EQUATIONS.items()
     for bias in (True, False)
 }
