@@ -221,8 +221,8 @@ def _warn_of_what_is_left(place: str, config: Mapping[str, Any]) -> None:
             stacklevel=2,
         )
     policy = config.get("dtype")
-    if isinstance(policy, Mapping):
-        policy = policy.get("config", {}).get("name")
+    if isinstance(policy, Mapping) and isinstance(inner := policy.get("config"), Mapping):
+        policy = inner.get("name")
     if isinstance(policy, str) and policy.startswith("mixed_"):
         warnings.warn(f"{place}: its dtype is {policy}; ours computes in the type of its weights", stacklevel=2)
 

@@ -55,7 +55,8 @@ def load(
         raise ModelError(f"{file} cannot be read: {error.strerror or error}") from error
     if is_archive(content):
         archive = Archive(file, content)
-        found, weights = archive.config(), Weights(archive.weights_place, archive.weights())
+        found: Mapping[str, Any] | None = archive.config()
+        weights = Weights(archive.weights_place, archive.weights())
     else:
         weights = Weights(str(file), content)
         found = weights.config()
@@ -146,11 +147,11 @@ class _Reader:
         if "backward_layer" not in entry.config:  # Keras before 2.4 wrote the forward layer alone
             backward = replace(backward, go_backwards=True)
         merge = check_pair(place, forward, backward, entry.config.get("merge_mode", "concat"))
-        read = [
+        both = [
             _checked(side, self.weights.of_layer(place, entry.name, entry.group, which, side.shapes()))
             for which, side in (("forward_layer", forward), ("backward_layer", backward))
         ]
-        return Part(entry.name, forward, read[0], backward, read[1], merge)
+        return Part(entry.name, forward, both[0], backward, both[1], merge)
 
     def _side(self, place: str, config: Mapping[str, Any], attribute: str) -> Description:
         item = config.get(attribute)

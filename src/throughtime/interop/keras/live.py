@@ -43,9 +43,7 @@ def from_keras(model: Any, *, layer: str | None = None) -> Recurrent | Stack:
     that names them. Raises ModelError, naming layer and attribute, for what our layers cannot say.
     """
     if isinstance(model, str | os.PathLike):
-        raise ModelError(
-            f"from_keras takes a live layer or model; throughtime.interop.keras.load reads {os.fspath(model)}"
-        )
+        raise ModelError(f"from_keras takes a live layer or model; interop.keras.load reads {os.fspath(model)}")
     kind = _class_of(model)
     if kind in (*GATES, "Bidirectional") and layer is None:
         return as_layer(_part(model))

@@ -100,9 +100,7 @@ def _merged(output: Tensor, merge: Merge) -> Tensor | tuple[Tensor, Tensor]:
 
 def _check(layers: Sequence[Recurrent], merges: Sequence[Merge]) -> None:
     if not layers or len(layers) != len(merges):
-        raise ModelError(
-            f"a Stack of {len(layers)} layers with {len(merges)} merges; give one or more, and one for each"
-        )
+        raise ModelError(f"a Stack of {len(layers)} layers has {len(merges)} merges; give a merge for each layer")
     width: int | None = None
     for place, (layer, merge) in enumerate(zip(layers, merges, strict=True)):
         if not isinstance(layer, Recurrent) or not layer.batch_first:

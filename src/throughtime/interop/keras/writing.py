@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from throughtime.equations import expr
 from throughtime.equations.cell import Cell
 from throughtime.errors import ModelError
-from throughtime.interop.keras.activations import ACTIVATIONS
+from throughtime.interop.keras.activations import ACTIVATIONS, Activation
 from throughtime.interop.keras.building import as_keras_weights
 from throughtime.interop.keras.described import cell_of
 from throughtime.interop.keras.stack import Merge, Stack
@@ -48,9 +49,7 @@ def to_keras(layer: Layer | Stack, *, return_sequences: bool | None = None, retu
     try:
         import keras
     except ModuleNotFoundError as error:
-        raise ModelError(
-            "to_keras needs Keras 3 with a back end (torch, jax or tensorflow); pip install keras"
-        ) from error
+        raise ModelError("to_keras needs Keras 3 with a back end; pip install keras") from error
     built = [
         _built(keras, *part, return_sequences=sequences or k < len(parts) - 1, return_state=return_state)
         for k, part in enumerate(parts)
@@ -76,9 +75,7 @@ def _parts(layer: Layer | Stack) -> Iterator[tuple[Layer, int, Merge]]:
     if not isinstance(layer, Layer):
         raise ModelError(f"to_keras takes a recurrent layer or a Stack, not {type(layer).__name__}")
     if getattr(layer, "learn_initial", False):
-        raise ModelError(
-            "learn_initial=True: Keras has no learnt initial states; give them to its call as initial_state"
-        )
+        raise ModelError("learn_initial=True: Keras learns no initial states; set it to False")
     _dtype(layer)
     said_by_keras(layer.cell)
     if layer.dropout > 0 and layer.num_layers > 1:
@@ -91,28 +88,36 @@ def _parts(layer: Layer | Stack) -> Iterator[tuple[Layer, int, Merge]]:
 
 def said_by_keras(cell: Cell) -> _Said:
     """The Keras layer whose equations are the cell's. Raises ModelError where there is none."""
-    for said in _candidates(len(cell.states)):
+    operations = {node.op for node in cell.nodes}
+    activations = [name for name, function in ACTIVATIONS.items() if _operations(function) <= operations]
+    for said in _candidates(activations, len(cell.states)):
         if _cell(said) == cell:
             return said
     raise ModelError(
         f"{cell.name} is no cell of Keras's: its equations are not those of SimpleRNN, GRU or LSTM with any of its "
-        "activations; export it to ONNX, or run it as it is under Keras's torch back end"
+        "activations; write it as a Keras cell of your own and give that the weights"
     )
 
 
-def _candidates(states: int) -> Iterator[_Said]:
-    """Every cell that Keras can say with so many states, the usual activations first."""
-    gates = sorted(ACTIVATIONS, key=lambda name: name != "sigmoid")
-    for gate in gates:
-        for activation in ACTIVATIONS:
+def _operations(activation: Activation) -> set[str]:
+    argument = expr.make("input")
+    return {node.op for node in expr.postorder([activation(argument)]) if node is not argument}
+
+
+def _candidates(activations: list[str], states: int) -> Iterator[_Said]:
+    """Every cell that Keras can say with these activations and so many states, the usual ones first."""
+    for gate in sorted(activations, key=lambda name: name != "sigmoid"):
+        for activation in activations:
             for use_bias in (True, False):
                 if states == 2:
                     yield _Said("LSTM", activation, gate, use_bias, True)
                 elif states == 1:
                     yield _Said("GRU", activation, gate, use_bias, True)
                     yield _Said("GRU", activation, gate, use_bias, False)
-                    if gate == "sigmoid":  # a SimpleRNN has none
-                        yield _Said("SimpleRNN", activation, gate, use_bias, True)
+    if states == 1:
+        for activation in activations:
+            for use_bias in (True, False):
+                yield _Said("SimpleRNN", activation, "sigmoid", use_bias, True)
 
 
 @cache
