@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ def inputs() -> tuple[Tensor, Tensor]:
     return x.requires_grad_(), torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None]
 
 
-def in_keras_layout(named: dict[str, Tensor], depth: int = 0, suffix: str = "", *, one_bias: bool) -> list[Tensor]:
+def in_keras_layout(named: Mapping[str, Tensor], depth: int = 0, suffix: str = "", *, one_bias: bool) -> list[Tensor]:
     """Our weights of one direction, or their gradients, as Keras has them: kernel, recurrent kernel, bias if any.
 
     The gradient of Keras's one bias is that of either of ours.

@@ -181,7 +181,7 @@ def test_an_activation_that_is_code_is_refused(tmp_path: Path):
 
 
 @keras.saving.register_keras_serializable(package="own", name="LSTM")
-class OwnLSTM(layers.LSTM):
+class OwnLSTM(layers.LSTM):  # type: ignore[name-defined]
     """Named as Keras's, and another class."""
 
 
@@ -353,6 +353,17 @@ def test_weights_of_another_model_are_noticed(saved: tuple[Any, Path], tmp_path:
     twice["config"]["layers"][3]["config"]["return_sequences"] = False
     with pytest.raises(tt.ModelError, match=r"reads sequences"):
         load(folder / "m.weights.h5", config=twice)
+
+
+def test_a_text_that_became_a_list_is_not_read(tmp_path: Path):
+    """HDF5 itself crashes on such a file."""
+    keras_2_file(tmp_path / "m.h5", {})
+    with h5py.File(tmp_path / "m.h5", "r+") as file:
+        listed = np.empty(1, dtype=object)
+        listed[0] = np.array([1, 2], dtype=np.int8)
+        file.attrs.create("keras_version", listed, dtype=h5py.vlen_dtype(np.int8))
+    with pytest.raises(tt.ModelError, match=r"m\.h5: the attribute keras_version is not text"):
+        load(tmp_path / "m.h5")
 
 
 @pytest.mark.parametrize("content", [b"", b"PK", b"PK\x03\x04 no", b"\x89HDF\r\n\x1a\n no", b"{}"])

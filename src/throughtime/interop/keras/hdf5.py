@@ -41,19 +41,16 @@ class Weights:
     def config(self) -> Mapping[str, Any] | None:
         """The configuration of a whole model in HDF5; None where the file holds weights alone."""
         with self._damage(self.place):
-            if "model_config" not in self._file.attrs:
-                return None
-            text = self._file.attrs["model_config"]
-        return as_json(f"{self.place}: model_config", lambda: _text(f"{self.place}: model_config", text))
+            found = self._texts(self._file, "model_config")
+        return as_json(f"{self.place}: model_config", lambda: found[0]) if found else None
 
     @property
     def version(self) -> str | None:
         """The version of Keras that wrote it, where it says so."""
         with self._damage(self.place):
-            for group in (self._file, self._older):
-                if group is not None and "keras_version" in group.attrs:
-                    return _text(f"{self.place}: keras_version", group.attrs["keras_version"])
-        return None
+            holders = [group for group in (self._file, self._older) if group is not None]
+            found = [text for group in holders for text in self._texts(group, "keras_version")]
+        return found[0] if found else None
 
     @property
     def _older(self) -> Any | None:
@@ -74,9 +71,11 @@ class Weights:
 
     def _by_class(self, place: str, name: str, group: str, side: str, wanted: list[str]) -> dict[str, Array]:
         path = f"layers/{group}"
-        said = self._at(self._file, f"{path}/vars").attrs.get("name")
-        if said is not None and _text(place, said) != name:
-            raise ModelError(f"{place}: {path} in {self.place} is of the layer {_text(place, said)!r}; do both fit?")
+        said = self._texts(self._at(self._file, f"{path}/vars"), "name")
+        if said and said[0] != name:
+            raise ModelError(
+                f"{place}: {path} in {self.place} is of the layer {said[0]!r}; give the configuration of the same model"
+            )
         holder = self._at(self._file, f"{path}/{side}/cell/vars" if side else f"{path}/cell/vars")
         if set(holder) != {str(number) for number in range(len(wanted))}:
             raise ModelError(f"{place}: it holds {len(holder)} weights, and the configuration asks for {len(wanted)}")
@@ -84,7 +83,7 @@ class Weights:
 
     def _by_name(self, place: str, older: Any, name: str, side: str, wanted: list[str]) -> dict[str, Array]:
         holder = self._at(older, name)
-        listed = [_text(place, text) for text in holder.attrs.get("weight_names", ())]
+        listed = self._texts(holder, "weight_names")
         sides = 2 if side else 1
         if len(listed) != sides * len(wanted):
             raise ModelError(
@@ -107,6 +106,17 @@ class Weights:
             holder = holder[name]
         return holder
 
+    def _texts(self, holder: Any, name: str) -> list[str]:
+        """The texts of an attribute, none where it is missing. Its type is looked at before anything is read: HDF5
+        itself crashes on a text whose type was damaged into a list."""
+        if name not in holder.attrs:
+            return []
+        if not isinstance(holder.attrs.get_id(name).get_type(), self._h5py.h5t.TypeStringID):
+            raise ModelError(f"{self.place}: the attribute {name} is not text")
+        found = holder.attrs[name]
+        several = found.ravel().tolist() if isinstance(found, np.ndarray) else [found]
+        return [text.decode("utf-8", errors="replace") if isinstance(text, bytes) else str(text) for text in several]
+
     def _array(self, place: str, weight: str, holder: Any, path: str) -> Array:
         found = self._at(holder, path)
         if not isinstance(found, self._h5py.Dataset) or found.dtype.kind != "f":
@@ -126,15 +136,6 @@ class Weights:
             yield
         except ModelError:
             raise
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError, MemoryError) as error:
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, OverflowError, MemoryError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"{place} cannot be read as HDF5 ({type(error).__name__}: {reason})") from error
-
-
-def _text(place: str, value: Any) -> str:
-    """A text attribute, which h5py gives as str or bytes."""
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", errors="replace")
-    if not isinstance(value, str):
-        raise ModelError(f"{place} is {type(value).__name__}, and must be text")
-    return value
