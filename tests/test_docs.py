@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/cells.md",
     "docs/tasks.md",
     "docs/sequences.md",
+    "docs/interop-keras.md",
 ]
 COMMANDS: Any = typer.main.get_command(app)
 

@@ -18,7 +18,7 @@ from throughtime.equations.expr import (
     tanh,
     where,
 )
-from throughtime.errors import CellError, DataError, ShapeError, TargetError, ThroughtimeError
+from throughtime.errors import CellError, DataError, InteropError, ShapeError, TargetError, ThroughtimeError
 from throughtime.nn import explain, upgrade
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "DataError",
     "Elman",
     "GRUResetBefore",
+    "InteropError",
     "ProjectedLSTM",
     "ShapeError",
     "TargetError",

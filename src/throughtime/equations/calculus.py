@@ -78,9 +78,7 @@ def reverse(seeds: Iterable[tuple[Node, Node]], through_products: bool = True) -
     for node, seed in seeds:
         add(node, seed)
     result: dict[Node, Node] = {}
-    order = expr.postorder(
-        [node for node, _ in seeds], stop=lambda node: node.op == "product" and not through_products
-    )
+    order = expr.postorder([node for node, _ in seeds], stop=lambda node: node.op == "product" and not through_products)
     for node in reversed(order):
         if node not in total:
             continue

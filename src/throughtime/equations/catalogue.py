@@ -20,32 +20,32 @@ def Elman(x, h, W, U, b, c, *, activation: Callable[..., Node] = tanh):
 
 
 @cell(states="h")
-def GRU(x, h, W, U, b, c):
+def GRU(x, h, W, U, b, c, *, activation: Callable[..., Node] = tanh, gate: Callable[..., Node] = sigmoid):
     """Cho et al. 2014, arXiv:1406.1078v1: the reset gate acts after the product, as in torch, cuDNN and the lecture."""
-    r = sigmoid(W.r @ x + b.r + U.r @ h + c.r)
-    z = sigmoid(W.z @ x + b.z + U.z @ h + c.z)
-    n = tanh(W.n @ x + b.n + r * (U.n @ h + c.n))
+    r = gate(W.r @ x + b.r + U.r @ h + c.r)
+    z = gate(W.z @ x + b.z + U.z @ h + c.z)
+    n = activation(W.n @ x + b.n + r * (U.n @ h + c.n))
     return (1 - z) * n + z * h
 
 
 @cell(states="h")
-def GRUResetBefore(x, h, W, U, b, c):
+def GRUResetBefore(x, h, W, U, b, c, *, activation: Callable[..., Node] = tanh, gate: Callable[..., Node] = sigmoid):
     """Cho et al. 2014, arXiv:1406.1078v3: the reset gate acts before the product (ONNX linear_before_reset=0)."""
-    r = sigmoid(W.r @ x + b.r + U.r @ h + c.r)
-    z = sigmoid(W.z @ x + b.z + U.z @ h + c.z)
-    n = tanh(W.n @ x + b.n + U.n @ (r * h) + c.n)
+    r = gate(W.r @ x + b.r + U.r @ h + c.r)
+    z = gate(W.z @ x + b.z + U.z @ h + c.z)
+    n = activation(W.n @ x + b.n + U.n @ (r * h) + c.n)
     return (1 - z) * n + z * h
 
 
 @cell(states="h c")
-def LSTM(x, h, c, W, U, b, d):
+def LSTM(x, h, c, W, U, b, d, *, activation: Callable[..., Node] = tanh, gate: Callable[..., Node] = sigmoid):
     """Hochreiter & Schmidhuber 1997, Neural Computation 9; with the forget gate of Gers et al. 2000."""
-    i = sigmoid(W.i @ x + b.i + U.i @ h + d.i)
-    f = sigmoid(W.f @ x + b.f + U.f @ h + d.f)
-    g = tanh(W.g @ x + b.g + U.g @ h + d.g)
-    o = sigmoid(W.o @ x + b.o + U.o @ h + d.o)
+    i = gate(W.i @ x + b.i + U.i @ h + d.i)
+    f = gate(W.f @ x + b.f + U.f @ h + d.f)
+    g = activation(W.g @ x + b.g + U.g @ h + d.g)
+    o = gate(W.o @ x + b.o + U.o @ h + d.o)
     c_next = f * c + i * g
-    return o * tanh(c_next), c_next
+    return o * activation(c_next), c_next
 
 
 @cell(states="h c")

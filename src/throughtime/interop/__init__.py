@@ -1,0 +1,1 @@
+"""Models of other libraries: read as our layers, and our layers written as theirs."""
