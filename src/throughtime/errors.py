@@ -19,3 +19,7 @@ class DataError(ThroughtimeError):
 
 class TargetError(ThroughtimeError):
     """A target of the engine is unknown, or cannot run what it was asked to run."""
+
+
+class InteropError(ThroughtimeError):
+    """Another library's file or model cannot be read or made, or does not compute what ours does."""

@@ -202,7 +202,7 @@ def _by_falling_length_in_graph(layout: Layout, lengths: Any, device: torch.devi
             f"lengths= is {counts.dtype} of shape {list(counts.shape)}; a compiled program takes one integer for each "
             f"of the {_counted(layout.rows, 'sequence', 'sequences')}"
         )
-    ordered, order = counts.sort(descending=True, stable=True)
+    ordered, order = counts.sort(descending=True)  # a stable sort has no ONNX translation
     kept = replace(layout, order=order, back=order.argsort())
     return replace(kept, lengths=ordered)  # type: ignore[arg-type]
 
