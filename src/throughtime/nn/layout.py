@@ -117,7 +117,8 @@ def _selected(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     """`tensor.index_select(dim, order)`. Rows of steps are copied as rows of a matrix, which torch does on all threads,
     and to memory that is used again: of long batches the copies were a third of the time."""
     plain = (
-        dim != 1
+        torch.compiler.is_compiling()  # first, for a size that is compared is a size that is fixed
+        or dim != 1
         or tensor.dim() != 3
         or tensor.device.type != "cpu"
         or tensor.dtype not in (torch.float32, torch.float64)
@@ -125,7 +126,6 @@ def _selected(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
         or len(order) != tensor.shape[1]
         or tensor.numel() == 0
         or (torch.is_grad_enabled() and tensor.requires_grad)
-        or torch.compiler.is_compiling()
     )
     if plain or _is_transformed(tensor):
         return tensor.index_select(dim, order)

@@ -1,6 +1,6 @@
-"""An exported file is run before it gets its name: ONNX Runtime's numbers beside the model's, or an error that says where.
+"""An exported file is run before it gets its name: ONNX Runtime's numbers beside the model's, or an error saying where.
 
-The numbers may differ by rounding, which recurrences pass on from step to step: by `SHARE` of an output's largest entry.
+The numbers may differ by rounding, which recurrences pass on from step to step: by `SHARE` of the largest entry.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,8 +19,6 @@ from throughtime.interop.onnx.layers import Ends, expanded, initial_of, one_step
 from throughtime.nn.recurrent import Layer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from numpy.typing import NDArray
     from onnx import ModelProto
 
@@ -170,51 +168,43 @@ def layer_cases(layer: Layer, *, step: bool) -> Iterator[Case]:
     """Inputs drawn anew at three sizes, with everything given and with everything left out that can be."""
     draw = torch.Generator().manual_seed(0)
     weight = next(layer.parameters(), torch.zeros(()))
-    names = layer.cell.states
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=weight.dtype).to(weight.device)
 
-    def case(where: str, given: dict[str, Tensor], answer: Callable[[], tuple[Tensor, Any]]) -> Case:
-        output, last = answer()
-        ends = last if isinstance(last, tuple) else (last,)
-        expected = {"output": output, **{f"{s}_n": value for s, value in zip(names, ends, strict=True)}}
-        return Case(where, *({name: _array(value) for name, value in part.items()} for part in (given, expected)))
-
-    for batch, steps in other_sizes():
-        if step:
-            steps = 1
-        x = drawn(batch, steps, layer.input_size) if layer.batch_first else drawn(steps, batch, layer.input_size)
+    for batch, most in other_sizes():
+        steps = 1 if step else most
+        places = (batch, steps) if layer.batch_first else (steps, batch)
+        x = drawn(*places, layer.input_size)
         begin = tuple(drawn(len(each), batch, each.shape[2]) for each in initial_of(layer))
-        h_0 = begin if len(begin) > 1 else begin[0]
-        lengths = torch.randint(0, steps + 1, (batch,), generator=draw)
+        states = {f"{name}_0": value for name, value in zip(layer.cell.states, begin, strict=True)}
         outside = {
-            name: drawn(*x.shape[:2], layer.hidden_size) if name in layer.cell.per_step else drawn(batch, 1)
+            name: drawn(*places, layer.hidden_size) if name in layer.cell.per_step else drawn(batch, 1)
             for name in layer.cell.outside
         }
-        states = {f"{name}_0": value for name, value in zip(names, begin, strict=True)}
         more: dict[str, Any] = {"outside": outside} if outside else {}
+        h_0 = begin if len(begin) > 1 else begin[0]
         if step:
             axis = 1 if layer.batch_first else 0
-            shown = {
-                name: value.squeeze(axis) if name in layer.cell.per_step else value
-                for name, value in more.get("outside", {}).items()
+            now = {
+                name: value.squeeze(axis) if name in layer.cell.per_step else value for name, value in outside.items()
             }
-            for said, given, state in (("", states, h_0), (", from the initial state", {}, None)):
-
-                def answer(state: Any = state) -> tuple[Tensor, Any]:
-                    output, last = layer(x, state, **more)
-                    return output.squeeze(axis), last
-
-                yield case(f"batch {batch}{said}", {"x": x.squeeze(axis), **shown, **given}, answer)
+            given = {"x": x.squeeze(axis), **now}
+            for where, state, named in (("", h_0, states), (", from the initial state", None, {})):
+                output, last = layer(x, state, **more)
+                yield _case(layer, f"batch {batch}{where}", {**given, **named}, output.squeeze(axis), last)
             continue
         where = f"batch {batch}, {steps} steps"
-        yield case(where, {"x": x, **outside}, lambda: layer(x, **more))
-        yield case(
-            f"{where}, lengths {lengths.tolist()}",
-            {"x": x, "lengths": lengths, **states, **outside},
-            lambda: layer(x, h_0, lengths=lengths, **more),
-        )
+        yield _case(layer, where, {"x": x, **outside}, *layer(x, **more))
+        lengths = torch.randint(0, steps + 1, (batch,), generator=draw)
+        given = {"x": x, "lengths": lengths, **states, **outside}
+        yield _case(layer, f"{where}, lengths {lengths.tolist()}", given, *layer(x, h_0, lengths=lengths, **more))
+
+
+def _case(layer: Layer, where: str, given: Mapping[str, Tensor], output: Tensor, last: Any) -> Case:
+    ends = last if isinstance(last, tuple) else (last,)
+    expected = {"output": output, **{f"{s}_n": end for s, end in zip(layer.cell.states, ends, strict=True)}}
+    return Case(where, *({name: _array(value) for name, value in part.items()} for part in (given, expected)))
 
 
 def _array(tensor: Tensor) -> NDArray[Any]:

@@ -1,4 +1,4 @@
-"""An ONNX graph while it is written: nodes one after the other, numbers that stand in it, inputs and outputs by name."""
+"""An ONNX graph while it is written: nodes one after the other, the numbers in it, inputs and outputs by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A recurrent layer as ONNX nodes: the standard's operator where it has the cell, a Scan over its equations otherwise."""
+"""A recurrent layer as ONNX nodes: the standard's operator where it has the cell, else a Scan over its equations."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from throughtime.equations.cell import Cell
+from throughtime.equations.standard import Standard, standard
 from throughtime.interop.onnx.graph import Graph
-from throughtime.interop.onnx.standard import Standard, standard
 from throughtime.interop.onnx.steps import Weights, of_input, step
 from throughtime.nn.recurrent import Layer
 
@@ -38,6 +38,16 @@ class Ends:
 def weights_of(layer: Layer, depth: int, suffix: str) -> Weights:
     """The tensors of one direction of one layer."""
     return Weights(layer.cell, tuple(_array(tensor) for tensor in layer._parameters_of(depth, suffix)))
+
+
+def stacked(known: Standard, weights: Weights) -> dict[str, NDArray[Any]]:
+    """The operator's W, R, B and P of one direction, without their first dimension."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, blocks in known.blocks(weights.cell).items():
+        parts = [weights.block(kind, gate) for kind, gate in blocks]
+        like = next(part for part in parts if part is not None)
+        found[name] = np.concatenate([np.zeros_like(like) if part is None else part for part in parts])
+    return found
 
 
 def initial_of(layer: Layer) -> list[NDArray[Any]]:
@@ -102,10 +112,7 @@ def _native(
     graph: Graph, layer: Layer, known: Standard, depth: int, x: str, ends: Ends | None, begin: Sequence[str]
 ) -> tuple[str, list[str]]:
     """An operator of the standard for one layer, both directions; `begin` are its states [D, B, H]."""
-    found = [
-        known.weights(layer.cell, weights_of(layer, depth, suffix).tensors, layer.hidden_size)
-        for suffix in _suffixes(layer)
-    ]
+    found = [stacked(known, weights_of(layer, depth, suffix)) for suffix in _suffixes(layer)]
     tensors = {name: graph.array(np.stack([each[name] for each in found]), f"{name}_l{depth}") for name in found[0]}
     ordered = [begin[place] for place in known.states]
     inputs = [x, tensors["W"], tensors["R"], tensors.get("B", ""), "" if ends is None else ends.native, *ordered]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from throughtime.engine.codegen import leaves, staged
-from throughtime.equations.cell import Cell
+from throughtime.equations.cell import NAMESPACES, Cell
 from throughtime.equations.expr import OPS, Node
 from throughtime.interop.onnx.graph import Graph
 
@@ -24,12 +24,18 @@ class Weights:
     cell: Cell
     tensors: tuple[NDArray[Any], ...]
 
-    def block(self, namespace: str, gate: str) -> NDArray[Any]:
-        """The rows that belong to one gate: [rows, columns] or [rows]."""
+    def block(self, name: str, gate: str) -> NDArray[Any] | None:
+        """The rows of a parameter that belong to one gate, [rows, columns] or [rows]; None if there are none."""
         for parameter, tensor in zip(self.cell.parameters, self.tensors, strict=True):
-            if parameter.namespace == namespace:
+            if parameter.name == name and gate in parameter.gates:
                 return np.split(tensor, len(parameter.gates))[parameter.gates.index(gate)]
-        raise KeyError(namespace)
+        return None
+
+    def of(self, node: Node) -> NDArray[Any]:
+        """The rows that a product or a parameter of the cell uses."""
+        block = self.block(NAMESPACES[node.data[0]], node.data[1])
+        assert block is not None, "the cell's parameters are those of its nodes"
+        return block
 
 
 def step(
@@ -49,7 +55,7 @@ def step(
         elif leaf.op == "outside":
             values[leaf] = outside[leaf.data[0]]
         else:
-            values[leaf] = graph.array(weights.block(*leaf.data), ".".join(filter(None, leaf.data)))
+            values[leaf] = graph.array(weights.of(leaf), ".".join(filter(None, leaf.data)))
     for tape, products in staged(cell.next, values, lambda op: _spelling(graph, op)):
         values = tape.run(values, graph.number)
         values |= multiplied(graph, weights, products, values)
@@ -72,7 +78,7 @@ def multiplied(graph: Graph, weights: Weights, products: Sequence[Node], values:
         groups.setdefault((product.data[0], product.args[0]), []).append(product)
     found: dict[Node, str] = {}
     for (namespace, operand), group in groups.items():
-        blocks = [weights.block(*product.data) for product in group]
+        blocks = [weights.of(product) for product in group]
         matrix = graph.array(np.concatenate(blocks).T, namespace)  # [columns, gates * rows]
         together = graph.op("MatMul", values[operand], matrix)
         if len(group) == 1:

@@ -1,8 +1,7 @@
 """The cells that the ONNX standard has as operators (RNN, GRU, LSTM), as equations; a cell is known by its graph.
 
 `standard(cell)` says which of the three operators computes a cell, whatever its name, its gates' names and order, the
-order of its sums and products, and the biases and peepholes that it leaves out. `weights` and `parameters` move the
-numbers between the two layouts.
+order of its sums and products, and the biases and peepholes that it leaves out.
 """
 
 from __future__ import annotations
@@ -11,16 +10,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import permutations, product
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from throughtime.equations import expr
 from throughtime.equations.cell import NAMESPACES, Cell, cell
 from throughtime.equations.expr import Node, identity, relu, sigmoid, tanh
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 Unit = Callable[..., Any]
 """An activation: an expression to an expression."""
@@ -120,46 +114,18 @@ class Standard:
             attributes["linear_before_reset"] = int(self.reset_after)
         return attributes
 
-    def weights(self, own: Cell, tensors: Sequence[NDArray[Any]], hidden_size: int) -> dict[str, NDArray[Any]]:
-        """W, R, and B and P where the cell has them, of one direction; `tensors` are in the order of its parameters."""
-        blocks: dict[tuple[str, str], NDArray[Any]] = {}
-        for parameter, tensor in zip(own.parameters, tensors, strict=True):
-            parts = zip(parameter.gates, np.split(tensor, len(parameter.gates)), strict=True)
-            blocks |= {(parameter.name, gate): part for gate, part in parts}
-        nothing = np.zeros(hidden_size, tensors[0].dtype)
+    def blocks(self, own: Cell) -> dict[str, list[tuple[str, str]]]:
+        """What W, R, B and P stack, as the cell's own parameter and gate; B and P only where the cell has them.
 
-        def stacked(name: str, gates: Sequence[str]) -> NDArray[Any]:
-            like = next((block for (known, _), block in blocks.items() if known == name), nothing)
-            return np.concatenate([blocks.get((name, self.gates.get(g, g)), np.zeros_like(like)) for g in gates])
-
-        order, names = ONNX_GATES[self.operator], {name for name, _ in blocks}
-        found = {"W": stacked("weight_ih", order), "R": stacked("weight_hh", order)}
-        if names & {"bias_ih", "bias_hh"}:
-            found["B"] = np.concatenate([stacked("bias_ih", order), stacked("bias_hh", order)])
+        A block that the cell lacks is named all the same, and is zero.
+        """
+        order = [self.gates.get(gate, gate) for gate in ONNX_GATES[self.operator]]
+        found = {name: [(kind, gate) for gate in order] for name, kind in (("W", "weight_ih"), ("R", "weight_hh"))}
+        if {parameter.name for parameter in own.parameters} & {"bias_ih", "bias_hh"}:
+            found["B"] = [(kind, gate) for kind in ("bias_ih", "bias_hh") for gate in order]
         if self.peepholes:
-            found["P"] = stacked("weight_p", ONNX_PEEPHOLES)
+            found["P"] = [("weight_p", self.gates.get(gate, gate)) for gate in ONNX_PEEPHOLES]
         return found
-
-
-def parameters(own: Cell, operator: str, given: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """The tensors of one of the cells above, in the order of its parameters, from W, R, B and P of one direction."""
-    order = ONNX_GATES[operator]
-    gates = {OWN_GATES[operator][gate]: gate for gate in order}
-    halves = np.split(given["B"], 2) if "B" in given else (None, None)
-    stacks = {
-        "weight_ih": (given["W"], order),
-        "weight_hh": (given["R"], order),
-        "bias_ih": (halves[0], order),
-        "bias_hh": (halves[1], order),
-        "weight_p": (given.get("P"), ONNX_PEEPHOLES),
-    }
-    found = []
-    for parameter in own.parameters:
-        stack, stacked = stacks[parameter.name]
-        assert stack is not None, "the cell has what the node gives"
-        blocks = dict(zip(stacked, np.split(stack, len(stacked)), strict=True))
-        found.append(np.concatenate([blocks[gates[gate]] for gate in parameter.gates]))
-    return found
 
 
 @lru_cache(maxsize=256)
@@ -256,7 +222,8 @@ def _terms(
         case "mul":
             if not all(args):
                 return []
-            number, factors = 1.0, []
+            number = 1.0
+            factors: list[Any] = []
             for terms in args:
                 if len(terms) == 1:
                     number *= terms[0][0]
