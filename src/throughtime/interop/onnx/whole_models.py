@@ -49,14 +49,13 @@ def export_whole(
 
 def _cases(model: nn.Module, args: Any, dynamic_shapes: Any, names: list[str], answers: list[str]) -> Iterator[Case]:
     free = _free(model, args, dynamic_shapes)
+    kinds = list(dict.fromkeys(name for dims in free.values() for name in dims.values()))
     flat, form = pytree.tree_flatten(args)
     for number in range(3):
         resized, said = [], []
         for place, value in enumerate(flat):
             for axis, name in free.get(place, {}).items():
-                size = _size(
-                    name, number, value.shape[axis], list(dict.fromkeys(n for d in free.values() for n in d.values()))
-                )
+                size = _size(kinds.index(name), number, value.shape[axis])
                 value = value.index_select(axis, torch.arange(size) % value.shape[axis])
                 said.append(f"{name} {size}")
             resized.append(value)
@@ -74,10 +73,9 @@ def _cases(model: nn.Module, args: Any, dynamic_shapes: Any, names: list[str], a
         )
 
 
-def _size(name: str, number: int, example: int, names: list[str]) -> int:
-    """A size for a dimension: the first two kinds of dimensions take the pairs of `SIZES`, others its columns in turn."""
-    sizes = [pair[names.index(name) % 2] for pair in SIZES]
-    return [size for size in sizes if size != example][number]
+def _size(kind: int, number: int, example: int) -> int:
+    """A size for a dimension: the first two kinds of dimensions take the pairs of `SIZES`, more take them in turn."""
+    return [pair[kind % 2] for pair in SIZES if pair[kind % 2] != example][number]
 
 
 def _free(model: nn.Module, args: Any, dynamic_shapes: Any) -> dict[int, dict[int, str]]:
