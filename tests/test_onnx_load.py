@@ -130,7 +130,7 @@ def assert_as_runtime(model: onnx.ModelProto) -> None:
 )
 def test_every_activation_of_the_standard_is_as_in_onnx_runtime(name: str, alpha: float | None, beta: float | None):
     numbers = {"activation_alpha": alpha, "activation_beta": beta}
-    given = {kind: [value] for kind, value in numbers.items() if value is not None}
+    given: dict[str, Any] = {kind: [value] for kind, value in numbers.items() if value is not None}
     assert_as_runtime(model_of("RNN", activations=[name], **given))
 
 

@@ -32,6 +32,7 @@ def export(
     *,
     step: bool = False,
     dynamic_shapes: Any = None,
+    others: Sequence[tuple[Any, ...]] | None = None,
     metadata: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
@@ -48,7 +49,8 @@ def export(
     `<state>_0`. Any batch size and number of steps can be run.
 
     Any other model goes through torch.onnx.export with `args`, an example of its inputs, and `dynamic_shapes`, which
-    torch.export describes; dimensions of one name have one size.
+    torch.export describes; dimensions of one name have one size. It is compared at
+    `others`, inputs of other sizes; without them the example is repeated and cut to three other sizes.
 
     `metadata` is kept in the file by name. Raises InteropError where the file exists (unless `overwrite`), cannot be
     written, or does not compute what the model does, and for a layer that has no step or another dtype than float32
@@ -57,7 +59,7 @@ def export(
     target = Path(path)
     with new_file(target, overwrite) as partial, evaluating(model):
         if isinstance(model, Layer):
-            if args is not None or dynamic_shapes is not None:
+            if args is not None or dynamic_shapes is not None or others is not None:
                 raise InteropError("a recurrent layer is exported from its equations; leave args= and the rest out")
             write(layer_model(model, step=step, metadata=metadata or {}), partial)
             check(partial, target, layer_cases(model, step=step))
@@ -66,7 +68,7 @@ def export(
 
             if step:
                 raise InteropError("step=True is for a recurrent layer; a model has no step of its own")
-            check(partial, target, export_whole(model, partial, args, dynamic_shapes, metadata or {}))
+            check(partial, target, export_whole(model, partial, args, dynamic_shapes, others, metadata or {}))
     return target
 
 
@@ -168,6 +170,7 @@ def layer_cases(layer: Layer, *, step: bool) -> Iterator[Case]:
     """Inputs drawn anew at three sizes, with everything given and with everything left out that can be."""
     draw = torch.Generator().manual_seed(0)
     weight = next(layer.parameters(), torch.zeros(()))
+    wide = 1 if layer.cell.projects else layer.hidden_size  # what fits whatever width it meets
 
     def drawn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=weight.dtype).to(weight.device)
@@ -179,7 +182,7 @@ def layer_cases(layer: Layer, *, step: bool) -> Iterator[Case]:
         begin = tuple(drawn(len(each), batch, each.shape[2]) for each in initial_of(layer))
         states = {f"{name}_0": value for name, value in zip(layer.cell.states, begin, strict=True)}
         outside = {
-            name: drawn(*places, layer.hidden_size) if name in layer.cell.per_step else drawn(batch, 1)
+            name: drawn(*places, wide) if name in layer.cell.per_step else drawn(batch, 1)
             for name in layer.cell.outside
         }
         more: dict[str, Any] = {"outside": outside} if outside else {}

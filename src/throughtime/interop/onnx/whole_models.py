@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,12 @@ from throughtime.interop.onnx.check import SIZES, Case
 
 
 def export_whole(
-    model: nn.Module, path: Path, args: tuple[Any, ...] | None, dynamic_shapes: Any, metadata: Mapping[str, str]
+    model: nn.Module,
+    path: Path,
+    args: tuple[Any, ...] | None,
+    dynamic_shapes: Any,
+    others: Sequence[tuple[Any, ...]] | None,
+    metadata: Mapping[str, str],
 ) -> Iterator[Case]:
     """Write the file with torch.onnx.export, and give inputs of other sizes with the model's answers to them.
 
@@ -44,10 +49,33 @@ def export_whole(
     program.save(path, external_data=False)
     names = [str(value.name) for value in program.model.graph.inputs]
     answers = [str(value.name) for value in program.model.graph.outputs]
-    return _cases(model, args, dynamic_shapes, names, answers)
+    found = _resized(model, args, dynamic_shapes) if others is None else _as_given(others)
+    return (_case(model, where, given, names, answers) for where, given in found)
 
 
-def _cases(model: nn.Module, args: Any, dynamic_shapes: Any, names: list[str], answers: list[str]) -> Iterator[Case]:
+def _as_given(others: Sequence[tuple[Any, ...]]) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    for number, given in enumerate(others):
+        sizes = [list(value.shape) for value in pytree.tree_leaves(given) if isinstance(value, Tensor)]
+        yield f"others[{number}], of sizes {sizes}", given
+
+
+def _case(model: nn.Module, where: str, args: tuple[Any, ...], names: list[str], answers: list[str]) -> Case:
+    try:
+        found = model(*args)
+    except Exception as error:
+        raise InteropError(
+            f"the model itself fails at {where}, which was to be compared with: {error}; give dimensions that must "
+            "agree one name, or inputs of other sizes as others="
+        ) from error
+    given, shown = (
+        [value.detach().cpu().numpy() for value in pytree.tree_leaves(part) if isinstance(value, Tensor)]
+        for part in (args, found)
+    )
+    return Case(where, dict(zip(names, given, strict=True)), dict(zip(answers, shown, strict=True)))
+
+
+def _resized(model: nn.Module, args: Any, dynamic_shapes: Any) -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """The example at three other sizes, and in words which."""
     free = _free(model, args, dynamic_shapes)
     kinds = list(dict.fromkeys(name for dims in free.values() for name in dims.values()))
     flat, form = pytree.tree_flatten(args)
@@ -60,17 +88,7 @@ def _cases(model: nn.Module, args: Any, dynamic_shapes: Any, names: list[str], a
                 said.append(f"{name} {size}")
             resized.append(value)
         where = ", ".join(dict.fromkeys(said)) or "the example's own sizes"
-        try:
-            found = model(*pytree.tree_unflatten(resized, form))
-        except Exception as error:
-            raise InteropError(f"the model itself fails at {where}, to compare with: {error}") from error
-        given = [value for value in resized if isinstance(value, Tensor)]
-        shown = [value for value in pytree.tree_leaves(found) if isinstance(value, Tensor)]
-        yield Case(
-            where,
-            {name: value.detach().numpy() for name, value in zip(names, given, strict=True)},
-            {name: value.detach().numpy() for name, value in zip(answers, shown, strict=True)},
-        )
+        yield where, pytree.tree_unflatten(resized, form)
 
 
 def _size(kind: int, number: int, example: int) -> int:
