@@ -52,8 +52,8 @@ def operators(path: Path) -> Counter[str]:
 
 def layer_of(cell: Cell, **options: Any) -> tt.nn.Recurrent:
     units = 4
-    projected = {"proj_size": 3} if cell.projects else {}
-    layer = tt.nn.Recurrent(cell, units if cell.needs_equal_sizes else 3, units, **projected, **options)
+    inputs, projected = units if cell.needs_equal_sizes else 3, 3 if cell.projects else 0
+    layer = tt.nn.Recurrent(cell, inputs, units, proj_size=projected, **options)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.6)
     return layer
@@ -339,7 +339,8 @@ def test_a_run_answers_without_torch_as_it_does_with_it(
 def test_a_runs_step_is_its_stream(runs: dict[str, LoadedRun], tmp_path: Path):
     loaded = runs["streamed"]
     exporting.export(loaded, tmp_path / "step.onnx", "onnx-step")
-    stream, states = loaded.model.stream(1), {}
+    stream = loaded.model.stream(1)
+    states: dict[str, Any] = {}
     for x, symbol in (([900.0, 0.01], "a"), ([1300.0, -0.02], "not seen"), ([1000.0, 0.0], "c")):
         place = loaded.encoder.vocabularies[0].index(symbol) if symbol in "abc" else 0
         found = run(tmp_path / "step.onnx", x=np.array([x]), symbols=np.array([[place]]), **states)

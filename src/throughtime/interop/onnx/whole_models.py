@@ -6,6 +6,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,7 @@ def export_whole(
             "which says for each of them what dimensions may have other sizes"
         )
     try:
-        with warnings.catch_warnings(), _quiet():
-            warnings.simplefilter("ignore")  # of torch's exporter about itself
+        with quiet():
             program = torch.onnx.export(model, args, dynamo=True, dynamic_shapes=dynamic_shapes, verbose=False)
     except torch.onnx.errors.OnnxExporterError as error:
         lines = [line.strip() for line in str(error).splitlines() if "Error" in line]
@@ -135,12 +135,17 @@ def _named(dim: Any, number: int, axis: int) -> str:
     return name or f"dimension {axis} of input {number}"
 
 
-class _quiet:
-    """Torch's exporter tells of packages that are not there and of what it does not fold; neither is the caller's."""
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Torch's exporter warns about itself, absent packages and what it does not fold; none of it is the caller's.
 
-    def __enter__(self) -> None:
-        self._before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(self._before)
+    Its errors come as exceptions.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
