@@ -130,6 +130,7 @@ def test_every_cell_exports_whole_and_by_steps(name: str, dtype: torch.dtype, tm
         (tt.nn.LSTM(3, 4, proj_size=2), None),
         (tt.nn.RNN(3, 4, 3, nonlinearity="relu", batch_first=True), "RNN"),
         (layer_of(Scrambled, num_layers=2, bidirectional=True), "LSTM"),
+        (layer_of(LSTM(coupled=True, peepholes=True), num_layers=2), "LSTM"),
         (layer_of(AlmostGRU, num_layers=2, bidirectional=True, batch_first=True), None),
     ],
     ids=lambda value: value.extra_repr() if isinstance(value, Layer) else str(value),

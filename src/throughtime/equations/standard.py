@@ -119,12 +119,13 @@ class Standard:
 
         A block that the cell lacks is named all the same, and is zero.
         """
-        order = [self.gates.get(gate, gate) for gate in ONNX_GATES[self.operator]]
+        none = "no gate"  # no gate's name has a blank
+        order = [self.gates.get(gate, none) for gate in ONNX_GATES[self.operator]]
         found = {name: [(kind, gate) for gate in order] for name, kind in (("W", "weight_ih"), ("R", "weight_hh"))}
         if {parameter.name for parameter in own.parameters} & {"bias_ih", "bias_hh"}:
             found["B"] = [(kind, gate) for kind in ("bias_ih", "bias_hh") for gate in order]
         if self.peepholes:
-            found["P"] = [("weight_p", self.gates.get(gate, gate)) for gate in ONNX_PEEPHOLES]
+            found["P"] = [("weight_p", self.gates.get(gate, none)) for gate in ONNX_PEEPHOLES]
         return found
 
 

@@ -5,6 +5,7 @@ The numbers may differ by rounding, which recurrences pass on from step to step:
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -110,13 +111,25 @@ def new_file(path: Path, overwrite: bool) -> Iterator[Path]:
         if overwrite:
             os.replace(partial, path)
         else:
-            os.link(partial, path)
+            _give_name(partial, path)
     except FileExistsError:
         raise InteropError(f"{path}: exists already; choose another name, or say overwrite=True") from None
     except OSError as error:
         raise InteropError(f"{path}: cannot be written ({error.strerror}); choose another place") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _give_name(partial: Path, path: Path) -> None:
+    """Rename, but raise FileExistsError where the name is taken."""
+    try:
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP):
+            raise
+        # A file system without hard links: the name is taken as an empty file first, which no other then can take.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        os.replace(partial, path)
 
 
 def _one_line(error: Exception) -> str:
