@@ -25,6 +25,7 @@ DOCUMENTS = [
     "docs/cells.md",
     "docs/tasks.md",
     "docs/sequences.md",
+    "docs/interop.md",
     "docs/interop-keras.md",
 ]
 COMMANDS: Any = typer.main.get_command(app)
@@ -75,7 +76,7 @@ def commands_in(name: str) -> list[list[str]]:
     return [shlex.split(line)[1:] for line in lines if line.startswith("throughtime ")]
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/cells.md", "docs/tasks.md"])
+@pytest.mark.parametrize("name", ["README.md", "docs/cells.md", "docs/tasks.md", "docs/interop.md"])
 def test_what_is_typed_in_a_document_can_be_typed(name: str):
     assert commands_in(name)
     for command, *arguments in commands_in(name):

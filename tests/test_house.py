@@ -14,7 +14,20 @@ import throughtime
 ROOT = Path(throughtime.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
 FLOORS = {"errors": 0, "equations": 1, "engine": 2, "nn": 3, "insight": 4, "interop": 4, "tasks": 5, "cli": 6}
-HEAVY = {"numba", "llvmlite", "triton", "matplotlib", "pandas", "sklearn", "jinja2", "pyarrow", "rich"}
+HEAVY = {
+    "numba",
+    "llvmlite",
+    "triton",
+    "matplotlib",
+    "pandas",
+    "sklearn",
+    "jinja2",
+    "pyarrow",
+    "rich",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
+}
 EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 

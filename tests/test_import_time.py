@@ -25,6 +25,6 @@ def test_import_adds_little_to_torchs() -> None:
 
 
 def test_import_loads_nothing_heavy() -> None:
-    heavy = "numba llvmlite pandas pyarrow sklearn matplotlib jinja2 typer rich scipy"
+    heavy = "numba llvmlite pandas pyarrow sklearn matplotlib jinja2 typer rich scipy onnx onnxruntime onnxscript"
     program = f"import sys, torch, throughtime; print(*(set('{heavy}'.split()) & set(sys.modules)))"
     assert output_of(program).split() == []

@@ -7,11 +7,14 @@ from typing import NoReturn
 
 import typer
 
-from throughtime.cli import comparing, diagnosing, fitting, serving, showing
+from throughtime.cli import comparing, diagnosing, exporting, fitting, serving, showing
 from throughtime.errors import ThroughtimeError
 
 FOR_TASKS = ("pandas", "pyarrow", "sklearn", "matplotlib", "jinja2", "safetensors", "tomli_w")
 """Packages that the tasks need and the library does not."""
+
+FOR_INTEROP = ("onnx", "onnxruntime", "onnxscript")
+"""Packages that other libraries' files need."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -24,6 +27,7 @@ app.command()(fitting.fit)
 app.command()(serving.evaluate)
 app.command()(serving.predict)
 app.command()(serving.stream)
+app.command()(exporting.export)
 app.command()(diagnosing.diagnose)
 app.command()(showing.show)
 
@@ -35,9 +39,10 @@ def main() -> None:
     except ThroughtimeError as error:
         _refuse(str(error))
     except ModuleNotFoundError as error:
-        if error.name not in FOR_TASKS:
+        extra = "tasks" if error.name in FOR_TASKS else "tasks,interop" if error.name in FOR_INTEROP else None
+        if extra is None:
             raise
-        _refuse(f"this command needs {error.name}; pip install 'throughtime[tasks]'")
+        _refuse(f"this command needs {error.name}; pip install 'throughtime[{extra}]'")
 
 
 def _refuse(problem: str) -> NoReturn:

@@ -19,8 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._decomp import register_decomposition
 
-from throughtime.engine import border, recurrence
+from throughtime.engine import border, exported, recurrence
 from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets import stepwise, target
 from throughtime.equations.cell import Cell
@@ -208,6 +209,15 @@ for _name, _shapes in (
     ("recurrence_backward", _backward_shapes),
 ):
     torch.library.register_fake(f"throughtime::{_name}", _shapes, lib=_library)
+
+
+def _for_onnx(tensors: list[Tensor], *rest: Any) -> list[Tensor]:
+    return exported.decomposed(_problem(tensors, _Rest(*rest)))
+
+
+# Only torch.onnx.export takes an operator apart that has a twin; the second line says that it has one.
+register_decomposition(torch.ops.throughtime.recurrence.default)(_for_onnx)
+register_decomposition(torch.ops.throughtime.recurrence.default, type="meta")(_forward_shapes)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

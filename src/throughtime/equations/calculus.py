@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 
 from throughtime.equations import expr
 from throughtime.equations.cell import Cell
@@ -172,7 +173,7 @@ def _fill(graph: Network, distance: dict[object, int], start: object, goal: obje
     while path:
         here = path[-1]
         if here == goal:
-            edges = list(zip(path, path[1:], strict=False))
+            edges = list(pairwise(path))
             flow = min(graph[a][b] for a, b in edges)
             for a, b in edges:
                 graph[a][b] -= flow

@@ -601,8 +601,8 @@ class _Board:
         note = "its products from step to step are what makes gradients vanish or explode"
         if self.chains > calculus.MOST_CHAINS:
             note = (
-                f"a sum of {self.chains:,} chains of diagonals and matrices, one for each way through the products, too many "
-                "to write out"
+                f"a sum of {self.chains:,} chains of diagonals and matrices, one for each way through the products, "
+                "too many to write out"
             )
             equations = []
         return Section("The step Jacobian", note, tuple(equations))

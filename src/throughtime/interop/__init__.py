@@ -1,1 +1,1 @@
-"""Models of other libraries: read as our layers, and our layers written as theirs."""
+"""Other libraries' files and models: what is read from them and written for them."""

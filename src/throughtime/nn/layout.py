@@ -116,7 +116,8 @@ def _selected(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
     """`tensor.index_select(dim, order)`. Rows of steps are copied as rows of a matrix, which torch does on all threads,
     and to memory that is used again: of long batches the copies were a third of the time."""
     plain = (
-        dim != 1
+        torch.compiler.is_compiling()  # first, for a size that is compared is a size that is fixed
+        or dim != 1
         or tensor.dim() != 3
         or tensor.device.type != "cpu"
         or tensor.dtype not in (torch.float32, torch.float64)
@@ -124,7 +125,6 @@ def _selected(tensor: Tensor, dim: int, order: Tensor) -> Tensor:
         or len(order) != tensor.shape[1]
         or tensor.numel() == 0
         or (torch.is_grad_enabled() and tensor.requires_grad)
-        or torch.compiler.is_compiling()
     )
     if plain or _is_transformed(tensor):
         return tensor.index_select(dim, order)
@@ -201,7 +201,7 @@ def _by_falling_length_in_graph(layout: Layout, lengths: Any, device: torch.devi
             f"lengths= is {counts.dtype} of shape {list(counts.shape)}; a compiled program takes one integer for each "
             f"of the {_counted(layout.rows, 'sequence', 'sequences')}"
         )
-    ordered, order = counts.sort(descending=True, stable=True)
+    ordered, order = counts.sort(descending=True)  # a stable sort has no ONNX translation
     kept = replace(layout, order=order, back=order.argsort())
     return replace(kept, lengths=ordered)  # type: ignore[arg-type]
 

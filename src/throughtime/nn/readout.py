@@ -82,7 +82,10 @@ class LastStep(torch.nn.Module):
             return self._answer(steps.new_zeros(rows, steps.shape[2]))
         if lengths is None:
             return self._answer(self._read(steps, steps[-1]))
-        ends = torch.tensor(read_lengths(lengths, count, rows), dtype=torch.int64, device=steps.device)
+        if torch.compiler.is_compiling():  # a program takes new lengths at each run; the layer's operator checks them
+            ends = torch.as_tensor(lengths, dtype=torch.int64, device=steps.device)
+        else:
+            ends = torch.tensor(read_lengths(lengths, count, rows), dtype=torch.int64, device=steps.device)
         last = steps[ends - 1, torch.arange(rows, device=steps.device)]  # of length 0: any step, left out below
         return self._answer(torch.where(ends[:, None] > 0, self._read(steps, last), 0.0))
 

@@ -88,7 +88,7 @@ def step(
     cell = problem.cell
     values = {leaf: leaf_value(problem, leaf, x_t, states, outside_t) for leaf in leaves(cell)}
     for tape, products in _plan(cell):
-        values = tape.run(values, lambda number: torch.tensor(number, dtype=x_t.dtype, device=x_t.device))
+        values = tape.run(values, lambda number: torch.full((), number, dtype=x_t.dtype, device=x_t.device))
         for product in products:
             values[product] = values[product.args[0]] @ problem.block(product).T
     if seen is not None:

@@ -143,7 +143,7 @@ def check_direction(description: Description) -> None:
 
 
 def check_pair(place: str, forward: Description, backward: Description, merge: Any) -> Merge:
-    """Raise InteropError, naming the attribute, for a Bidirectional whose two directions a layer of ours cannot hold."""
+    """Raise InteropError, naming the attribute, for a Bidirectional whose two directions no layer of ours can hold."""
     if merge not in MERGES:
         raise InteropError(f"{place}: merge_mode is {merge!r}; known are {', '.join(map(repr, MERGES))}")
     if forward.go_backwards or not backward.go_backwards:
