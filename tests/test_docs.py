@@ -156,7 +156,7 @@ def test_what_the_language_lists_is_what_the_package_offers():
     listed = re.search(r"of throughtime `([a-z0-9\s]+)`", section)
     assert listed is not None
     functions = {name for name in throughtime.__all__ if name.islower() and callable(getattr(throughtime, name))}
-    assert set(listed[1].split()) == functions - {"cell", "explain", "upgrade"}
+    assert set(listed[1].split()) == functions - {"cell", "explain", "restore", "upgrade"}
 
 
 def test_refusals_of_the_document_are_refusals():
