@@ -338,6 +338,7 @@ def dynamo() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("dynamo")
 def test_a_compiled_model_survives_both() -> None:
     model = Model()

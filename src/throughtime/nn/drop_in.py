@@ -7,7 +7,8 @@ needs no such leave.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,7 +46,10 @@ class _DropIn(Layer, torch.nn.RNNBase):
         Raises what torch raises, and ShapeError for lengths, resets or masks that do not fit.
         """
         call = Call(input, hx, lengths, reset, masks=masks)
-        return self._forward(call, partial(recurrence.run, target=self.target))
+        run = partial(recurrence.run, target=self.target)
+        if not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            return _untraced()(self, call, run)
+        return self._forward(call, run)
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         x, h_0 = call.x, call.h_0
@@ -111,6 +115,16 @@ class _DropIn(Layer, torch.nn.RNNBase):
             self.check_input(steps, batch_sizes)
         else:
             self.check_forward_args(steps, hidden, batch_sizes)
+
+
+@cache
+def _untraced() -> Callable[[_DropIn, Call, Run], tuple[Any, Any]]:
+    """A layer's forward, hidden from `torch.compile`.
+
+    It calls these layers without looking into them, but would trace the functions that the call leads to, one by one.
+    """
+    hidden: Callable[[_DropIn, Call, Run], tuple[Any, Any]] = torch.compiler.disable(_DropIn._forward)
+    return hidden
 
 
 class RNN(_DropIn, torch.nn.RNN):
