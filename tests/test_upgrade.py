@@ -76,7 +76,9 @@ def test_every_module_is_replaced_and_named_and_restore_undoes_it_exactly() -> N
     assert model.same_again is model.body[0]
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
     assert_agree(run_with_gradients(model, x), expected)
-    model.body[0].segments, model.cells["gru"].target = "auto", "stepwise"
+    layer: Any = model.body[0]
+    cell: Any = model.cells["gru"]
+    layer.segments, cell.target = "auto", "stepwise"
     back = tt.restore(model)
     assert [(row.name, row.after, row.before) for row in back.replaced] == list(report.replaced)
     assert classes(model) == before
@@ -131,13 +133,13 @@ def quantized() -> torch.nn.Module:
 
 
 def wrapped() -> torch.nn.Module:
-    module = torch.nn.GRU(I, H)
-    module.forward = lambda *inputs: torch.nn.GRU.forward(module, *inputs)  # type: ignore[method-assign]
+    module: Any = torch.nn.GRU(I, H)
+    module.forward = lambda *inputs: torch.nn.GRU.forward(module, *inputs)
     return module
 
 
 def crowded() -> torch.nn.Module:
-    module = torch.nn.GRUCell(I, H)
+    module: Any = torch.nn.GRUCell(I, H)
     module.target = "a target of the user's"
     return module
 
@@ -183,7 +185,7 @@ def test_restore_leaves_what_was_made_as_throughtimes() -> None:
 
 @pytest.mark.parametrize("change", [tt.upgrade, tt.restore])
 def test_what_is_no_model_is_refused(change: Any) -> None:
-    with pytest.raises(tt.ThroughtimeError, match="takes a model, a torch.nn.Module, not dict"):
+    with pytest.raises(tt.ThroughtimeError, match=r"takes a model, a torch\.nn\.Module, not dict"):
         change({})
 
 
