@@ -6,7 +6,7 @@
 The models are in `replaced_models.py`. First the outputs and the gradients of the upgraded model are held against those
 of the model as it was, in float32 and float64. Then training steps (forward, backward, an update) of the two are timed,
 round after round, the one that begins changing with every round; medians over all rounds. Writes JSON and a Markdown
-table. `equal` is what the tests use.
+table.
 """
 
 from __future__ import annotations

@@ -93,8 +93,10 @@ class StepModule(torch.nn.RNNCellBase):
         units, rows = self.hidden_size, self._gates * self.hidden_size
         for tensor, shape in zip(weights, ((rows, self.input_size), (rows, units), (rows,), (rows,)), strict=False):
             fits = type(tensor) in _PLAIN and tensor.shape == shape and tensor.device == x.device
-            if not fits or tensor.dtype != weights[0].dtype or not tensor.is_floating_point():
+            if not fits or tensor.dtype != weights[0].dtype:
                 return None
+        if not weights[0].is_floating_point():
+            return None
         shape = (*x.shape[:-1], units)
         if hx is None:
             states: tuple[Any, ...] = (x.new_zeros(shape),) * self._states
