@@ -333,6 +333,15 @@ def test_copies_pickles_and_state_dicts_go_through_both() -> None:
     assert type(model.cells["gru"]) is tt.nn.GRUCell, "a copy was restored, not the model"
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*")
+def test_a_restored_model_can_be_scripted() -> None:
+    model = torch.nn.Sequential(torch.nn.GRU(I, H))
+    tt.upgrade(model)
+    tt.restore(model)
+    x = torch.randn(T, B, I)
+    assert_agree(torch.jit.script(model)(x), model(x))
+
+
 @pytest.fixture
 def dynamo() -> Iterator[None]:
     torch._dynamo.reset()

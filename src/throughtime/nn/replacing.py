@@ -140,7 +140,7 @@ def _reason_to_leave(module: torch.nn.Module) -> str | None:
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         scripted = getattr(module, "original_name", None) in _NAMES
-        return "it is scripted, a program that cannot change; upgrade before you script" if scripted else None
+        return "it is scripted, a program that cannot change" if scripted else None
     if kind.__module__.startswith("torch.ao.") and kind.__name__ in _NAMES:
         return "it is quantized, and its weights are not the tensors that throughtime reads"
     recurrent = isinstance(module, torch.nn.RNNBase | torch.nn.RNNCellBase)
