@@ -20,11 +20,13 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def save(stem: Path, record: Mapping[str, Any], markdown: str, figure: Figure, *, dpi: int = 120) -> None:
-    """The record as JSON, its tables as Markdown, its figure as PNG and SVG: `stem` with four suffixes."""
+def save(stem: Path, record: Mapping[str, Any], markdown: str, figure: Figure | None = None, *, dpi: int = 120) -> None:
+    """The record as JSON, its tables as Markdown, its figure, if it has one, as PNG and SVG: `stem` with suffixes."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     _whole(stem, ".json", lambda part: part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     _whole(stem, ".md", lambda part: part.write_text(markdown, encoding="utf-8"))
+    if figure is None:
+        return
     _whole(stem, ".png", lambda part: figure.savefig(part, format="png", dpi=dpi))
     _whole(stem, ".svg", lambda part: figure.savefig(part, format="svg", dpi=dpi, metadata={"Date": None}))
 

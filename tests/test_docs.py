@@ -27,6 +27,7 @@ DOCUMENTS = [
     "docs/sequences.md",
     "docs/interop.md",
     "docs/interop-keras.md",
+    "docs/interop-torch.md",
 ]
 COMMANDS: Any = typer.main.get_command(app)
 
@@ -158,7 +159,12 @@ def test_what_the_language_lists_is_what_the_package_offers():
     listed = re.search(r"of throughtime `([a-z0-9\s]+)`", section)
     assert listed is not None
     functions = {name for name in throughtime.__all__ if name.islower() and callable(getattr(throughtime, name))}
-    assert set(listed[1].split()) == functions - {"cell", "explain", "upgrade"}
+    assert set(listed[1].split()) == functions - {"cell", "explain", "restore", "upgrade"}
+
+
+def test_the_report_in_the_document_is_what_is_printed(capsys: pytest.CaptureFixture[str]):
+    exec(blocks("docs/interop-torch.md", "python")[0], {})
+    assert capsys.readouterr().out == blocks("docs/interop-torch.md", "text")[0]
 
 
 def test_refusals_of_the_document_are_refusals():

@@ -249,60 +249,6 @@ def test_bad_options_get_torchs_own_messages(kind: str, sizes: tuple[Any, ...], 
 # As parts of models
 
 
-class Tagger(torch.nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = torch.nn.ModuleList([torch.nn.GRU(I, H), torch.nn.LSTM(H, H), torch.nn.RNN(H, H)])
-        self.same_again = self.body[0]
-        self.head = torch.nn.Linear(H, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.body:
-            x = layer(x)[0]
-        logits: Tensor = self.head(x)
-        return logits
-
-
-def test_upgrade_replaces_every_layer_and_keeps_everything_else() -> None:
-    model = Tagger()
-    model.body[1].eval()
-    calls: list[str] = []
-    model.body[0].register_forward_hook(lambda *_: calls.append("hook"))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = torch.randn(T, B, I)
-    before, parameters = model(x), dict(model.named_parameters())
-    assert tt.upgrade(model) is model
-    assert [type(layer) for layer in model.body] == [tt.nn.GRU, tt.nn.LSTM, tt.nn.RNN]
-    assert model.same_again is model.body[0]
-    assert not model.body[1].training
-    assert model.body[0].training
-    assert_agree(model(x), before)
-    assert calls == ["hook", "hook"]
-    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
-    model(x).sum().backward()
-    optimiser.step()
-    assert not torch.equal(model(x), before)
-
-
-def test_upgrade_takes_a_lone_layer_and_does_nothing_twice() -> None:
-    layer = torch.nn.LSTM(I, H, proj_size=2, bias=False)
-    x = torch.randn(T, B, I)
-    before = layer(x)
-    assert tt.upgrade(tt.upgrade(layer)) is layer
-    assert isinstance(layer, tt.nn.LSTM)
-    assert_agree(layer(x), before)
-
-
-def test_upgrade_says_which_subclass_it_leaves_alone() -> None:
-    class Own(torch.nn.GRU):
-        pass
-
-    model = torch.nn.ModuleDict({"mine": Own(I, H)})
-    with pytest.warns(UserWarning, match="mine is left as it is: Own is a subclass"):
-        tt.upgrade(model)
-    assert type(model["mine"]) is Own
-
-
 def test_copies_saved_files_and_functional_calls_compute_the_same(tmp_path: Any) -> None:
     layer = tt.nn.GRU(I, H, num_layers=2)
     x = torch.randn(T, B, I)

@@ -642,7 +642,7 @@ def test_explain_names_layer_direction_target_and_reason_and_computes_nothing() 
         lines = tt.explain(layer, x)
     assert lines[0] == "layer 0, forward: reference: a recording of the states is under way"
     assert records == []
-    with pytest.raises(tt.ThroughtimeError, match=r"explain takes one recurrent layer of .*, not Linear"):
+    with pytest.raises(tt.ThroughtimeError, match=r"explain takes one recurrent layer or cell of .*, not Linear"):
         tt.explain(torch.nn.Linear(1, 1), torch.randn(1, 1))  # type: ignore[arg-type]
 
 

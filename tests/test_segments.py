@@ -125,7 +125,7 @@ def test_a_layer_of_two_directions_and_depths_learns_the_same_bits():
 def test_a_copy_and_a_drop_in_have_them_too():
     layer = Recurrent(GRU, 3, 4, segments="auto")
     assert copy.deepcopy(layer).segments == "auto"
-    drop_in = throughtime.upgrade(torch.nn.GRU(3, 4))
+    drop_in = throughtime.upgrade(torch.nn.GRU(3, 4)).model
     assert drop_in.segments is None
     drop_in.segments = 64
     assert drop_in.segments == 64

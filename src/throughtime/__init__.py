@@ -19,7 +19,7 @@ from throughtime.equations.expr import (
     where,
 )
 from throughtime.errors import CellError, DataError, InteropError, ShapeError, TargetError, ThroughtimeError
-from throughtime.nn import explain, upgrade
+from throughtime.nn import explain, restore, upgrade
 
 __all__ = [
     "GRU",
@@ -44,6 +44,7 @@ __all__ = [
     "minimum",
     "nn",
     "relu",
+    "restore",
     "sigmoid",
     "sign",
     "softplus",

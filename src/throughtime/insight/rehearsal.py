@@ -93,7 +93,8 @@ def rehearse(
 
     Raises ThroughtimeError for a model that cannot be copied, that runs no recurrent layer, or on a batch too large.
     """
-    rehearsed = upgrade(_copied(model))
+    rehearsed = _copied(model)
+    upgrade(rehearsed)
     if dtype is not None:
         rehearsed, batch = rehearsed.to(dtype), converted(batch, dtype)
     for parameter in _recurrent_parameters(rehearsed):
@@ -112,7 +113,7 @@ def rehearse(
     if not records:
         raise ThroughtimeError(
             "the model ran no recurrent layer that can be looked into; those of throughtime.nn can, and torch.nn's "
-            "RNN, LSTM and GRU (but none of torch.nn's single-step cells such as GRUCell): use one of them"
+            "RNN, LSTM and GRU (but no single-step cells such as GRUCell): use one of them"
         )
     return Rehearsal(rehearsed, output, found, tuple(places), tuple(records))
 

@@ -7,9 +7,9 @@ needs no such leave.
 
 from __future__ import annotations
 
-import warnings
-from functools import partial
-from typing import Any, TypeVar
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,12 +17,12 @@ from torch.nn.utils.rnn import PackedSequence
 
 from throughtime.engine import recurrence
 from throughtime.engine.precision import is_autocast
-from throughtime.equations import catalogue, expr
 from throughtime.equations.cell import Cell
 from throughtime.errors import ThroughtimeError
 from throughtime.nn.dropout import Masks
 from throughtime.nn.layout import Lengths, State
 from throughtime.nn.recurrent import Call, Layer, Run
+from throughtime.nn.torch_equations import CELLS
 
 
 class _DropIn(Layer, torch.nn.RNNBase):
@@ -31,7 +31,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
     @property
     def cell(self) -> Cell:
         """The equations of a step."""
-        return _CELLS[self.mode, self.proj_size > 0, self.bias]
+        return CELLS[self.mode, self.proj_size > 0, self.bias]
 
     def forward(
         self,
@@ -47,10 +47,15 @@ class _DropIn(Layer, torch.nn.RNNBase):
         Raises what torch raises, and ShapeError for lengths, resets or masks that do not fit.
         """
         call = Call(input, hx, lengths, reset, masks=masks)
-        return self._forward(call, partial(recurrence.run, asked=self.target))
+        run = partial(recurrence.run, asked=self.target)
+        if not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
+            return _untraced()(self, call, run)
+        return self._forward(call, run)
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         x, h_0 = call.x, call.h_0
+        if not torch.compiler.is_compiling():  # a program takes parameters as arguments and must not store them
+            self._update_flat_weights()
         if not self._is_regular(x, h_0):
             super().forward(x, h_0)
             raise ThroughtimeError(
@@ -60,13 +65,25 @@ class _DropIn(Layer, torch.nn.RNNBase):
         self._torch_checks(x, h_0)
         return self._compute(call, run)
 
+    def _weights_of(self, depth: int, suffix: str) -> tuple[Tensor, ...]:
+        """The tensors that torch's forward would use in this run, which `_update_flat_weights` has just read.
+
+        A parametrized weight is computed anew whenever it is read, and may change with it (`spectral_norm` takes a step
+        of its power iteration), so it is read as often as torch reads it.
+        """
+        if torch.compiler.is_compiling():
+            return self._parameters_of(depth, suffix)
+        names: list[str] = self._flat_weights_names
+        weights: list[Any] = self._flat_weights
+        return tuple(weights[names.index(f"{parameter.name}_l{depth}{suffix}")] for parameter in self.cell.parameters)
+
     def _is_regular(self, x: Any, h_0: Any) -> bool:
         """Whether torch's forward would come as far as its own check methods; if not, it says best what is wrong."""
         packed = isinstance(x, PackedSequence)
         steps = x.data if packed else x
         if not isinstance(steps, Tensor) or not (packed or steps.dim() in (2, 3)):
             return False
-        weight = self._parameters_of(0, "")[0]
+        weight = self._weights_of(0, "")[0]
         empty = not packed and steps.shape[1 if self.batch_first and steps.dim() == 3 else 0] == 0
         if empty or steps.device != weight.device:
             return False
@@ -86,8 +103,6 @@ class _DropIn(Layer, torch.nn.RNNBase):
 
     def _torch_checks(self, x: Tensor | PackedSequence, h_0: Any) -> None:
         """The checks that torch's forward makes once it has a batch, in its order."""
-        if not torch.compiler.is_compiling():  # a program takes parameters as arguments and must not store them
-            self._update_flat_weights()
         if isinstance(x, PackedSequence):
             steps, batch_sizes = x.data, x.batch_sizes
             hidden = None if h_0 is None else self.permute_hidden(h_0, x.sorted_indices)
@@ -103,6 +118,16 @@ class _DropIn(Layer, torch.nn.RNNBase):
             self.check_forward_args(steps, hidden, batch_sizes)
 
 
+@cache
+def _untraced() -> Callable[[_DropIn, Call, Run], tuple[Any, Any]]:
+    """A layer's forward, hidden from `torch.compile`.
+
+    It calls these layers without looking into them, but would trace the functions that the call leads to, one by one.
+    """
+    hidden: Callable[[_DropIn, Call, Run], tuple[Any, Any]] = torch.compiler.disable(_DropIn._forward)
+    return hidden
+
+
 class RNN(_DropIn, torch.nn.RNN):
     """torch.nn.RNN, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
 
@@ -113,51 +138,6 @@ class LSTM(_DropIn, torch.nn.LSTM):
 
 class GRU(_DropIn, torch.nn.GRU):
     """torch.nn.GRU, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
-
-
-Model = TypeVar("Model", bound=torch.nn.Module)
-
-
-def upgrade(model: Model) -> Model:
-    """Make every torch.nn.RNN, LSTM and GRU in a model throughtime's, in place, and return the model.
-
-    Each module stays the same object: parameters, hooks, training flag, device and whoever refers to it are kept. A
-    subclass of torch's classes may have a forward of its own; it is left as it is, with a warning that names it.
-    """
-    for name, module in model.named_modules():
-        if type(module) in _DROP_INS:
-            module.__class__ = _DROP_INS[type(module)]
-        elif isinstance(module, torch.nn.RNNBase) and not isinstance(module, Layer):
-            warnings.warn(
-                f"{name or 'the model'} is left as it is: {type(module).__name__} is a subclass of torch's layers, "
-                "which may compute something else; change its base class to throughtime.nn's if it does not",
-                stacklevel=2,
-            )
-    return model
-
-
-_DROP_INS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.RNN: RNN,
-    torch.nn.LSTM: LSTM,
-    torch.nn.GRU: GRU,
-}
-
-
-_EQUATIONS: dict[tuple[str, bool], Cell] = {
-    ("RNN_TANH", False): catalogue.Elman,
-    ("RNN_RELU", False): catalogue.Elman(activation=expr.relu),
-    ("GRU", False): catalogue.GRU,
-    ("LSTM", False): catalogue.LSTM,
-    ("LSTM", True): catalogue.ProjectedLSTM,
-}
-
-_CELLS: dict[tuple[str, bool, bool], Cell] = {
-    (mode, projected, bias): (cell if bias else catalogue.without_biases(cell)).settled()
-    for (mode, projected), cell in _EQUATIONS.items()
-    for bias in (True, False)
-}
-"""By torch's mode, whether there is a projection, whether there are biases: all made at once, so that a tracer finds
-them (it looks through no cache)."""
 
 
 def _kind(value: Any) -> str:

@@ -21,6 +21,7 @@ from throughtime.engine.precision import is_autocast, no_autocast
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
+from throughtime.nn.cells import StepModule
 from throughtime.nn.dropout import Masks, drop, keys
 from throughtime.nn.layout import Layout, Lengths, State, arrange, read_reset, reset_backwards, shape_text
 from throughtime.nn.stream import Stream
@@ -90,6 +91,10 @@ class Layer(torch.nn.Module):
         """The parameter tensors of one direction of one layer, in the order of `cell.parameters`."""
         return tuple(getattr(self, f"{parameter.name}_l{depth}{suffix}") for parameter in self.cell.parameters)
 
+    def _weights_of(self, depth: int, suffix: str) -> tuple[Tensor, ...]:
+        """`_parameters_of`, as a run uses them."""
+        return self._parameters_of(depth, suffix)
+
     def _initial_of(self, depth: int, suffix: str, x: Tensor) -> tuple[Tensor, ...]:
         """Where each state begins, and what a reset returns it to: [B, width] for each state."""
         return tuple(x.new_zeros(x.shape[1], size) for size in self.cell.sizes(self.hidden_size, self.proj_size))
@@ -139,7 +144,7 @@ class Layer(torch.nn.Module):
             outputs = []
             for reverse in (False, True) if self.bidirectional else (False,):
                 suffix = "_reverse" if reverse else ""
-                parameters = self._parameters_of(depth, suffix)
+                parameters = self._weights_of(depth, suffix)
                 initial = self._initial_of(depth, suffix, x)
                 problem = Problem(
                     cell=self.cell,
@@ -359,7 +364,7 @@ class Recurrent(Layer):
 
 
 def explain(
-    module: Layer,
+    module: Layer | StepModule,
     x: Tensor | PackedSequence,
     h_0: State | None = None,
     *,
@@ -367,11 +372,16 @@ def explain(
     reset: Tensor | None = None,
     outside: Mapping[str, Tensor] | None = None,
 ) -> list[str]:
-    """Which target of the engine would run each layer and direction on this input now, and why; nothing is computed."""
+    """Which target of the engine would run each layer and direction on this input now, and why; nothing is computed.
+
+    `module` is one of throughtime.nn's layers or single-step cells.
+    """
+    if isinstance(module, StepModule):
+        return [module.explained(x, h_0)]
     if not isinstance(module, Layer):
         raise ThroughtimeError(
-            f"explain takes one recurrent layer of throughtime.nn, not {type(module).__name__}; for a whole model, "
-            "call it for each recurrent layer"
+            f"explain takes one recurrent layer or cell of throughtime.nn, not {type(module).__name__}; for a whole "
+            "model, call it for each"
         )
     lines: list[str] = []
 
