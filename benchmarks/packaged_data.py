@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from throughtime.tasks.sequences import Columns, Sequences
+from throughtime.data.sequences import Columns, Sequences
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from throughtime.tasks import files
-from throughtime.tasks.encoding import encode
-from throughtime.tasks.reading import read
+from throughtime.data import files
+from throughtime.data.encoding import encode
+from throughtime.data.reading import read
 
 TABLE = {"sequence_id": "id", "target": "y", "time": "t"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {

@@ -34,14 +34,14 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from throughtime.data.batches import Batch, Part
+from throughtime.data.encoding import Encoded, encode
+from throughtime.data.reading import read_shipped
+from throughtime.data.sequences import Sequences
 from throughtime.equations.catalogue import CELLS
 from throughtime.tasks.baselines import baselines
-from throughtime.tasks.encoding import Encoded, encode
 from throughtime.tasks.model import SequenceModel, Shape, build
-from throughtime.tasks.parts import Batch, Part
-from throughtime.tasks.reading import read_shipped
-from throughtime.tasks.sequences import Sequences
-from throughtime.tasks.training import Recipe, evaluate, train
+from throughtime.training.loop import Recipe, evaluate, train
 
 HERE = Path(__file__).parent
 TORCH: dict[str, Callable[..., nn.RNNBase]] = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}

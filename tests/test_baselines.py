@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from throughtime.data.encoding import Encoded, encode
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.tasks.baselines import baselines
-from throughtime.tasks.encoding import Encoded, encode
-from throughtime.tasks.sequences import Columns, Sequences
 
 COLUMNS = Columns("id", "y", part="part")
 

@@ -16,10 +16,10 @@ import pytest
 import typer
 
 from throughtime.cli import app, main
-from throughtime.tasks import runs
-from throughtime.tasks.config import SECTIONS, Config, Data
-from throughtime.tasks.fitting import Event, fit
-from throughtime.tasks.training import Epoch, Training
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import SECTIONS, Config, Data
+from throughtime.runs.fit import Event, fit
+from throughtime.training.loop import Epoch, Training
 
 QUICK = ["--epochs", "2", "--hidden", "3", "--batch-size", "8"]
 ROLES = ["--sequence-id", "id", "--time", "t", "--target", "label"]

@@ -12,15 +12,15 @@ import torch
 from scipy import stats
 
 from throughtime.cli import main
+from throughtime.data.encoding import Encoded, encode
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks import findings
+from throughtime.runs import findings
+from throughtime.runs.compare import CellResult, Comparison, Interval, Run, compare, parameters, sizes
 from throughtime.tasks.baselines import Baseline
-from throughtime.tasks.compare import CellResult, Comparison, Interval, Run, compare, parameters, sizes
-from throughtime.tasks.encoding import Encoded, encode
 from throughtime.tasks.model import Shape
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.training import Recipe
+from throughtime.training.loop import Recipe
 
 PARTS = ("train",) * 30 + ("test",) * 17
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks.config import SECTIONS, Config, Data, Network
-from throughtime.tasks.training import Recipe
+from throughtime.runs.configuration import SECTIONS, Config, Data, Network
+from throughtime.training.loop import Recipe
 
 EVERYTHING = Config(
     data=Data(

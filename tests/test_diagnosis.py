@@ -21,17 +21,17 @@ from throughtime.equations.catalogue import GRU, LSTM, Elman
 from throughtime.equations.expr import identity
 from throughtime.errors import DataError, ThroughtimeError
 from throughtime.insight.diagnosis import Diagnosis, Seen, Training, look, try_remedies
-from throughtime.insight.diagnosis_page import page
 from throughtime.insight.reach import LayerReach, Reach, reach
 from throughtime.insight.rehearsal import Place
-from throughtime.insight.report import Remedy, render
-from throughtime.insight.verdict import findings, headline, remedies, shares_by_lag
 from throughtime.nn import Recurrent
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config, Data, Network
-from throughtime.tasks.diagnose import diagnose
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.training import Recipe
+from throughtime.report.diagnosis_page import page
+from throughtime.report.page import Remedy, render
+from throughtime.report.verdict import findings, headline, remedies, shares_by_lag
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config, Data, Network
+from throughtime.runs.diagnose import diagnose
+from throughtime.runs.fit import fit
+from throughtime.training.loop import Recipe
 
 STEPS = 24
 
@@ -318,7 +318,7 @@ def test_the_untrained_network_is_the_one_that_training_began_with(run: runs.Loa
 
 
 def test_the_read_out_asked_at_every_step_is_the_networks_own(run: runs.LoadedRun) -> None:
-    from throughtime.tasks.diagnose import _asked, _losses_by_row, _part
+    from throughtime.runs.diagnose import _asked, _losses_by_row, _part
 
     part, _ = _part(run, None)
     batch = part.batch(range(5))

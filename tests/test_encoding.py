@@ -11,10 +11,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from throughtime.data.encoding import UNKNOWN, Encoder, Part, Scaler, encode
+from throughtime.data.sequences import Columns, Sequences
+from throughtime.data.splitting import split
 from throughtime.errors import DataError
-from throughtime.tasks.encoding import UNKNOWN, Encoder, Part, Scaler, encode
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.splitting import split
 
 COLUMNS = Columns(sequence_id="id", time="t", target="y", group="g", part="p")
 

@@ -19,9 +19,9 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import throughtime as tt
+from throughtime.data.arrays import sequences_of
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks.arrays import sequences_of
-from throughtime.tasks.estimators import SequenceClassifier, SequenceTagger
+from throughtime.estimators import SequenceClassifier, SequenceTagger
 
 QUICK: dict[str, Any] = {"hidden_size": 8, "epochs": 8, "batch_size": 64, "learning_rate": 0.05}
 SMALL: dict[str, Any] = {"hidden_size": 8, "epochs": 25, "batch_size": 16, "learning_rate": 0.03, "random_state": 0}
@@ -279,5 +279,5 @@ def test_labels_that_do_not_fit_the_steps_are_refused(x: Any, y: Any, options: A
 
 
 def test_only_who_wants_the_estimators_loads_scikit_learn() -> None:
-    program = "import sys, throughtime, throughtime.tasks, throughtime.cli; print('sklearn' in sys.modules)"
+    program = "import sys, throughtime, throughtime.runs.serve, throughtime.cli; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

@@ -13,16 +13,16 @@ import pytest
 import torch
 
 from throughtime import cell
+from throughtime.data.encoding import encode
+from throughtime.data.reading import read
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import CellError, DataError, ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.encoding import encode
-from throughtime.tasks.fitting import Event, Notice, cell_of, fit
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import Event, Notice, cell_of, fit
+from throughtime.runs.folder import LoadedRun
 from throughtime.tasks.model import predict
-from throughtime.tasks.reading import read
-from throughtime.tasks.runs import LoadedRun
-from throughtime.tasks.training import Epoch, Progress
+from throughtime.training.loop import Epoch, Progress
 
 COLUMNS: dict[str, Any] = {"sequence_id": "id", "target": "label", "time": "t"}
 SMALL: dict[str, Any] = {"hidden_size": 6, "epochs": 8, "batch_size": 8, "learning_rate": 0.02}

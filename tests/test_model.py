@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.encoding import Batch, Part
 from throughtime.equations.catalogue import CELLS, ProjectedLSTM
 from throughtime.equations.cell import cell
 from throughtime.errors import CellError, DataError, ShapeError, ThroughtimeError
 from throughtime.nn import ragged_loss
 from throughtime.tasks import model as under_test
-from throughtime.tasks.encoding import Batch, Part
 from throughtime.tasks.model import SequenceModel, Shape, build, loss_sum, predict, probabilities
 
 LENGTHS = [3, 1, 5, 2]

@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from throughtime.data.reading import Columns, Sequences, read_sequences, read_shipped
 from throughtime.errors import DataError
-from throughtime.tasks.reading import Columns, Sequences, read_sequences, read_shipped
 
 COLUMNS = Columns(sequence_id="id", time="t", target="y")
 HEADER = "id,t,y,a,b\n"

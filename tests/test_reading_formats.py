@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from throughtime.data.reading import Sequences, read
 from throughtime.errors import DataError
-from throughtime.tasks.reading import Sequences, read
 
 JSONL = '{"x": [[1.5, -2], [2.5, 0]], "label": "u"}\n{"x": [[3, 1e-3]], "label": "v"}\n'
 TEXT = "good\ta fine film\nbad\ta dull film, badly made\n"

@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from throughtime.data import files
+from throughtime.data.reading import Columns, Sequences, read, read_sequences
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.reading import Columns, Sequences, read, read_sequences
 
 TABLE = "id,t,y,a,word,pos,g\ns,1,B,2.5,dog,NN,p\nr,0,O,3,NA,01,p\ns,0,O,1.5,the,DT,p\n"
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import torch
 
-from throughtime.tasks.encoding import encode
+from throughtime.data.encoding import encode
+from throughtime.data.reading import read_shipped
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.tasks.model import Shape
-from throughtime.tasks.reading import read_shipped
-from throughtime.tasks.sequences import Columns, Sequences
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RAGGED = "#what it is\n@problemName small\n@timeStamps false\n@data\n1.5,2.5,3:a\n-1,0.25:b c\n"

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import Run
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import Run
 
 KILLS = 10
 TIMED = {"seconds", "steps_per_second"}
@@ -75,7 +75,7 @@ def in_a_child(work: Callable[[], None]) -> int:
 @contextmanager
 def counted(at: Callable[[int], None], stations: tuple[str, ...] = CUT) -> Iterator[list[int]]:
     """Call `at` with the number of every station passed, just before what it stands for is done."""
-    from throughtime.tasks.training import Training
+    from throughtime.training.loop import Training
 
     passed = [0]
     patch = pytest.MonkeyPatch()

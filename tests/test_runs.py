@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import Run, load
-from throughtime.tasks.training import Snapshot
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import Run, load
+from throughtime.training.loop import Snapshot
 
 
 def snapshot(value: float = 1.0) -> Snapshot:

@@ -17,11 +17,11 @@ import torch
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks import serving
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import LoadedRun
-from throughtime.tasks.streaming import LONGEST_LINE, Streams, serve
+from throughtime.runs import serve as serving
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import LoadedRun
+from throughtime.runs.streaming import LONGEST_LINE, Streams, serve
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "epochs": 12, "batch_size": 8, "learning_rate": 0.03}
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from throughtime.data.sequences import Columns, Sequences
+from throughtime.data.splitting import in_words, split
 from throughtime.errors import DataError
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.splitting import in_words, split
 
 COLUMNS = Columns(sequence_id="id", target="y", time="t", group="g", part="p")
 

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.batches import Part
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
 from throughtime.tasks.model import SequenceModel, Shape, build, predict
-from throughtime.tasks.parts import Part
-from throughtime.tasks.training import (
+from throughtime.training.loop import (
     ENOUGH,
     QUANTILE,
     Chunk,
@@ -32,7 +32,7 @@ from throughtime.tasks.training import (
     Training,
     chunks,
     evaluate,
-    threads,
+    on_threads,
     train,
 )
 
@@ -434,6 +434,6 @@ def test_progress_is_told_after_every_update():
 
 
 def test_the_number_of_threads_is_the_callers_again_afterwards():
-    with threads(2):
+    with on_threads(2):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == 1

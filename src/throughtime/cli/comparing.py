@@ -43,12 +43,12 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Report to write; a new throughtime-DATA.html if not given.")] = None,
 ) -> None:
     """Train cells on DATA, each on the same budget, and report their accuracy, size, speed and reach."""
-    from throughtime.insight.report import render, save, unused_path
-    from throughtime.tasks import findings
-    from throughtime.tasks.compare import compare as run
-    from throughtime.tasks.encoding import encode
-    from throughtime.tasks.reading import read
-    from throughtime.tasks.training import Recipe
+    from throughtime.data.encoding import encode
+    from throughtime.data.reading import read
+    from throughtime.report.page import render, save, unused_path
+    from throughtime.runs import findings
+    from throughtime.runs.compare import compare as run
+    from throughtime.training.loop import Recipe
 
     recipe = Recipe(epochs, batch_size, learning_rate, _clip(clip), patience=None)
     sequences = read(

@@ -16,8 +16,8 @@ from throughtime.cli.screen import listed, print_table, say, training
 from throughtime.errors import ThroughtimeError
 
 if TYPE_CHECKING:
-    from throughtime.tasks.config import Config
-    from throughtime.tasks.runs import LoadedRun
+    from throughtime.runs.configuration import Config
+    from throughtime.runs.folder import LoadedRun
 
 _data = partial(typer.Option, rich_help_panel="The data")
 _network = partial(typer.Option, rich_help_panel="The network")
@@ -89,9 +89,9 @@ def fit(
     resume: Annotated[bool, _run("--resume", help="Go on with RUN.partial from its last checkpoint.")] = False,
 ) -> None:
     """Train a network on DATA and keep it in a run folder, with its score on sequences that it has never seen."""
-    from throughtime.tasks.config import Config
-    from throughtime.tasks.fitting import fit as train
-    from throughtime.tasks.runs import configuration_of, partial_of
+    from throughtime.runs.configuration import Config
+    from throughtime.runs.fit import fit as train
+    from throughtime.runs.folder import configuration_of, partial_of
 
     options = _typed(context.params)
     if resume and run is None:
@@ -139,7 +139,7 @@ def _number_or_word(text: str) -> int | float | str:
 
 def _unused(config: Config) -> Path:
     """The first of DATA-CELL, DATA-CELL-2, ... that no run has, finished or not."""
-    from throughtime.tasks.runs import partial_of
+    from throughtime.runs.folder import partial_of
 
     data, cell = config.data.file, config.network.cell
     name = f"{Path(data).name.split('.')[0]}-{Path(cell.split(':')[-1]).stem}"
@@ -149,7 +149,7 @@ def _unused(config: Config) -> Path:
 
 def _print(run: LoadedRun) -> None:
     """The score beside the baselines, and where the run is."""
-    from throughtime.insight.report import Table
+    from throughtime.report.page import Table
 
     result = run.result
     unit = "steps" if run.encoder.task == "tag" else "sequences"

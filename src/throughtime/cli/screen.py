@@ -12,8 +12,8 @@ import typer
 from throughtime.errors import ThroughtimeError
 
 if TYPE_CHECKING:
-    from throughtime.insight.report import Table
-    from throughtime.tasks.fitting import Event
+    from throughtime.report.page import Table
+    from throughtime.runs.fit import Event
 
 
 def listed(names: str) -> list[str]:
@@ -43,8 +43,8 @@ def training() -> Iterator[Callable[[Event], None]]:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from throughtime.tasks.fitting import Notice
-    from throughtime.tasks.training import Epoch
+    from throughtime.runs.fit import Notice
+    from throughtime.training.loop import Epoch
 
     told, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
     screen = Console(stderr=True)

@@ -13,7 +13,7 @@ import typer
 from throughtime.cli.screen import print_table, say, standard_output, waiting
 
 if TYPE_CHECKING:
-    from throughtime.tasks.serving import Evaluation
+    from throughtime.runs.serve import Evaluation
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
 Format = Annotated[
@@ -37,8 +37,8 @@ def evaluate(
     out: Annotated[Path | None, typer.Option(help="JSON file to write, with the confusions too.")] = None,
 ) -> None:
     """Score the model of RUN on labelled DATA, class by class."""
-    from throughtime.tasks import serving
-    from throughtime.tasks.runs import load
+    from throughtime.runs import serve as serving
+    from throughtime.runs.folder import load
 
     if out is not None:
         serving.refuse_output(out, (".json",))
@@ -66,8 +66,8 @@ def predict(
 
     Without --out the answers go to standard output as JSON lines; without DATA it reads standard input.
     """
-    from throughtime.tasks import serving
-    from throughtime.tasks.runs import load
+    from throughtime.runs import serve as serving
+    from throughtime.runs.folder import load
 
     if out is not None:
         serving.refuse_output(out)
@@ -99,8 +99,8 @@ def stream(
     In: {"id": "a", "x": [0.5, 1.2]}, or "x" as an object with the columns' names. {"id": "a", "end": true} ends a
     sequence. A line that cannot be answered gets a line with its error, and changes nothing.
     """
-    from throughtime.tasks.runs import load
-    from throughtime.tasks.streaming import Streams, serve
+    from throughtime.runs.folder import load
+    from throughtime.runs.streaming import Streams, serve
 
     loaded = load(run)
     streams = Streams(loaded.model, loaded.encoder, most=most, when_full=when_full)
@@ -119,7 +119,7 @@ def _named(**columns: str | None) -> dict[str, str]:
 
 
 def _print(found: Evaluation) -> None:
-    from throughtime.insight.report import Table
+    from throughtime.report.page import Table
 
     rows = tuple(
         (name, f"{count:,}", _share(recall), _share(precision)) for name, count, recall, precision in found.by_class()

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from throughtime.tasks.encoding import Encoded
-from throughtime.tasks.parts import Part
+from throughtime.data.batches import Part
+from throughtime.data.encoding import Encoded
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.encoding import Batch, Encoder, Part
+from throughtime.data.sequences import Task
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, DataError, ShapeError
 from throughtime.nn import LastStep, PerStep, Recurrent
 from throughtime.nn.layout import State
 from throughtime.nn.stream import Stream
-from throughtime.tasks.encoding import Batch, Encoder, Part
-from throughtime.tasks.sequences import Task
 
 PREDICT_STEPS = 500_000
 """Steps, padding included, that `predict` runs at once: a bound on memory, and of no influence on the answers."""

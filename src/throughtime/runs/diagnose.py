@@ -13,22 +13,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.batches import Batch, Part
+from throughtime.data.encoding import Encoder, encode
+from throughtime.data.reading import read
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.diagnosis import TIMES, Diagnosis, Other, Training, Trial, look, try_remedies
-from throughtime.insight.diagnosis_page import page
 from throughtime.insight.failure import first_failure
-from throughtime.insight.report import Page
-from throughtime.insight.verdict import ask_for_remedies
 from throughtime.nn import LastStep
 from throughtime.nn.clipping import suggest_clip
 from throughtime.nn.initialise import chrono_
-from throughtime.tasks.encoding import Encoder, encode
+from throughtime.report.diagnosis_page import page
+from throughtime.report.page import Page
+from throughtime.report.verdict import ask_for_remedies
+from throughtime.runs.folder import CONFIG, LoadedRun
+from throughtime.runs.serve import read_for
 from throughtime.tasks.model import SequenceModel, build, loss_sum
-from throughtime.tasks.parts import Batch, Part
-from throughtime.tasks.reading import read
-from throughtime.tasks.runs import CONFIG, LoadedRun
-from throughtime.tasks.serving import read_for
 
 MOST_STEPS = 10_000
 """Steps of the batch, padding included, unless the number of sequences is asked for."""

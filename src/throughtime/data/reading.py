@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import get_args
 
+from throughtime.data import files
+from throughtime.data.formats.conll import read_conll
+from throughtime.data.formats.jsonl import read_jsonl
+from throughtime.data.formats.long_tables import read_sequences
+from throughtime.data.formats.text_lines import read_text_lines
+from throughtime.data.packaged import SHIPPED, file_of
+from throughtime.data.sequences import Columns, Sequences, Task
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.conll import read_conll
-from throughtime.tasks.jsonl import read_jsonl
-from throughtime.tasks.long_tables import read_sequences
-from throughtime.tasks.sequences import Columns, Sequences, Task
-from throughtime.tasks.text_lines import read_text_lines
 
-__all__ = ["FORMATS", "SHIPPED", "Columns", "Sequences", "Shipped", "read", "read_sequences", "read_shipped"]
+__all__ = ["FORMATS", "SHIPPED", "Columns", "Sequences", "read", "read_sequences", "read_shipped"]
 
 FORMATS = {
     ".csv": "table",
@@ -38,24 +39,6 @@ OPTIONS = {
 """The options of `read` that each format knows."""
 
 KINDS = {"table": "a long table", "lines": "JSON lines", "text": "lines of text", "columns": "CoNLL columns"}
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """A data set that comes with the package; `data/ATTRIBUTION.md` says more about its source and licence."""
-
-    file: str
-    columns: Columns
-    credit: str
-
-
-SHIPPED = {
-    "vowels": Shipped(
-        "japanese_vowels.csv.gz",
-        Columns(sequence_id="utterance", time="frame", target="speaker", part="part"),
-        "Japanese Vowels (Kudo, Toyama and Shimbo 1999; UCI, doi:10.24432/C5NS47, CC BY 4.0)",
-    )
-}
 
 
 def read(
@@ -121,7 +104,7 @@ def read_shipped(name: str, *, task: Task = "classify", labelled: bool = True, s
         raise DataError(
             f"{name} has one label for each sequence, so it is to classify, not to {task}; leave --task out"
         )
-    with resources.as_file(resources.files("throughtime") / "data" / shipped.file) as path:
+    with resources.as_file(file_of(name)) as path:
         read = read_sequences(path, shipped.columns, labelled=labelled, splitting=splitting)
     return replace(read, name=name, source=shipped.credit)
 

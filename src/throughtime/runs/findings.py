@@ -11,12 +11,12 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from throughtime.insight import drawing
+from throughtime.data.encoding import Encoded
 from throughtime.insight.reach import Reach
-from throughtime.insight.report import Chapter, Page, Picture, Table
-from throughtime.tasks.compare import CellResult, Comparison, Interval
-from throughtime.tasks.encoding import Encoded
-from throughtime.tasks.training import Recipe
+from throughtime.report import drawing
+from throughtime.report.page import Chapter, Page, Picture, Table
+from throughtime.runs.compare import CellResult, Comparison, Interval
+from throughtime.training.loop import Recipe
 
 ALMOST = 0.01
 """How far apart scores may lie to be called almost the same: one point of a hundred, fixed before any data is seen."""

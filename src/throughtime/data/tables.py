@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 
+from throughtime.data import files
 from throughtime.errors import DataError
-from throughtime.tasks import files
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -7,15 +7,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from throughtime.insight import drawing
 from throughtime.insight.diagnosis import Diagnosis, Seen, distance
-from throughtime.insight.drawing import Line
 from throughtime.insight.dynamics import Dynamics
 from throughtime.insight.pairs import Pairs
 from throughtime.insight.reach import LayerReach, Reach
 from throughtime.insight.rehearsal import Place
-from throughtime.insight.report import Chapter, Page, Picture, Table
-from throughtime.insight.verdict import (
+from throughtime.report import drawing
+from throughtime.report.drawing import Line
+from throughtime.report.page import Chapter, Page, Picture, Table
+from throughtime.report.verdict import (
     SUPERSCRIPT,
     amount,
     findings,

@@ -11,26 +11,28 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from throughtime.data import packaged
+from throughtime.data.encoding import Encoded, encode
+from throughtime.data.packaged import SHIPPED
+from throughtime.data.reading import read
+from throughtime.data.sequences import Sequences
 from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import CellError, DataError, ThroughtimeError
 from throughtime.insight.watch import Watch
-from throughtime.tasks import card, runs
+from throughtime.runs import card, folder
+from throughtime.runs.configuration import CELL_FILE, Config
+from throughtime.runs.folder import LoadedRun, Run
 from throughtime.tasks.baselines import baselines
-from throughtime.tasks.config import CELL_FILE, Config
-from throughtime.tasks.encoding import Encoded, encode
 from throughtime.tasks.model import SequenceModel, build
-from throughtime.tasks.reading import SHIPPED, read
-from throughtime.tasks.runs import LoadedRun, Run
-from throughtime.tasks.sequences import Sequences
-from throughtime.tasks.training import HOW, Epoch, Progress, Snapshot, evaluate, threads, train
+from throughtime.training.loop import HOW, Epoch, Progress, Snapshot, evaluate, on_threads, train
 
 
 @dataclass(frozen=True)
@@ -57,19 +59,19 @@ def fit(config: Config, *, resume: bool = False, on_event: Callable[[Event], Non
         raise ThroughtimeError("a run needs a folder of its own; name it (run, or --run)")
     say = on_event or (lambda event: None)
     cell = cell_of(config.network.cell)
-    if resume and (config.run / runs.CONFIG).is_file():
+    if resume and (config.run / folder.CONFIG).is_file():
         _check_same(_settled(config), cell, config.run)
         with suppress(OSError):  # of a process that was killed in the end; nobody reads it any more
-            (config.run / runs.LOCK).unlink()
+            (config.run / folder.LOCK).unlink()
         say(Notice(f"{config.run} is finished already; there is nothing to go on with"))
-        return runs.load(config.run)
-    with _opened(config.run, resume, say) as run, threads(config.threads):
+        return folder.load(config.run)
+    with _opened(config.run, resume, say) as run, on_threads(config.threads):
         if run.is_complete:
             _check_same(_settled(config), cell, run.partial)
             run.put_in_place()
         else:
             _make(run, config, cell, say)
-    return runs.load(config.run)
+    return folder.load(config.run)
 
 
 def cell_of(name: str) -> Cell:
@@ -88,9 +90,9 @@ def cell_of(name: str) -> Cell:
 def _opened(path: Path, resume: bool, say: Callable[[Event], None]) -> Run:
     if not resume:
         return Run.create(path)
-    if runs.partial_of(path).is_dir():
+    if folder.partial_of(path).is_dir():
         return Run.resume(path)
-    say(Notice(f"{runs.partial_of(path)} does not exist, so there is nothing to go on with: the run begins anew"))
+    say(Notice(f"{folder.partial_of(path)} does not exist, so there is nothing to go on with: the run begins anew"))
     return Run.create(path)
 
 
@@ -98,11 +100,11 @@ def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) ->
     """All that lies between an empty folder, or one that was broken off, and a finished one."""
     sequences = _read(config)
     config = _with_sum(_settled(config))
-    if (run.partial / runs.CONFIG).exists():
+    if (run.partial / folder.CONFIG).exists():
         _check_same(config, cell, run.partial)
     else:
         run.write(CELL_FILE, cell.to_json().encode())
-        run.write(runs.CONFIG, config.to_toml().encode())
+        run.write(folder.CONFIG, config.to_toml().encode())
     data = config.data
     encoded = encode(
         sequences,
@@ -112,7 +114,7 @@ def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) ->
     )
     for notice in encoded.notices:
         say(Notice(notice))
-    model = build(cell, runs.shape_of(config, encoded.encoder), seed=config.seed)
+    model = build(cell, folder.shape_of(config, encoded.encoder), seed=config.seed)
     _train(run, config, encoded, model, say)
     result = _result(config, encoded, model, run.lines())
     if not math.isfinite(result["loss"]):
@@ -123,11 +125,11 @@ def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) ->
     story = card.Story(config, encoded, cell, model, run.lines(), run.path.name)
     run.finish(
         {
-            runs.WEIGHTS: runs.weights_of(model),
-            runs.ENCODER: runs.as_json(encoded.encoder.to_json()),
-            runs.ENVIRONMENT: runs.as_json(environment(config.threads)),
-            runs.CARD: card.readme(story).encode(),
-            runs.REPORT: card.report(story).encode(),
+            folder.WEIGHTS: folder.weights_of(model),
+            folder.ENCODER: folder.as_json(encoded.encoder.to_json()),
+            folder.ENVIRONMENT: folder.as_json(environment(config.threads)),
+            folder.CARD: card.readme(story).encode(),
+            folder.REPORT: card.report(story).encode(),
         }
     )
 
@@ -174,24 +176,24 @@ def _with_sum(config: Config) -> Config:
 
 def sum_of(name: str) -> str:
     """SHA-256 of the data of this name: a file, or a data set that ships here."""
-    file: Any = resources.files("throughtime") / "data" / SHIPPED[name].file if name in SHIPPED else Path(name)
+    file: Any = packaged.file_of(name) if name in SHIPPED else Path(name)
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def _check_same(config: Config, cell: Cell, folder: Path) -> None:
+def _check_same(config: Config, cell: Cell, place: Path) -> None:
     """Refuse to go on with a run that another configuration began; a content that is not known is not compared."""
-    stored = Config.from_toml((folder / runs.CONFIG).read_text(encoding="utf-8"), str(folder / runs.CONFIG))
+    stored = Config.from_toml((place / folder.CONFIG).read_text(encoding="utf-8"), str(place / folder.CONFIG))
     if config.data.sha256 is None:
         stored = dataclasses.replace(stored, data=dataclasses.replace(stored.data, sha256=None))
     found = config.difference(stored)
     if config.data.sha256 != stored.data.sha256:
         found = f"the content of {config.data.file} has changed"
-    elif found is None and cell_of(str(folder / CELL_FILE)).hash != cell.hash:
+    elif found is None and cell_of(str(place / CELL_FILE)).hash != cell.hash:
         found = "the cell's equations have changed"
     if found is not None:
         raise ThroughtimeError(
-            f"{folder}: was begun with another configuration: {found}; go back to that, or make a new run"
+            f"{place}: was begun with another configuration: {found}; go back to that, or make a new run"
         )
 
 

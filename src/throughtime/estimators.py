@@ -14,14 +14,14 @@ from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
+from throughtime.data.arrays import Given, is_list_of_sequences, read_list, read_padded, read_recording
+from throughtime.data.encoding import Encoder
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks.arrays import Given, is_list_of_sequences, read_list, read_padded, read_recording
-from throughtime.tasks.encoding import Encoder
 from throughtime.tasks.model import Shape, build, probabilities
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.training import Recipe, train
+from throughtime.training.loop import Recipe, train
 
 Labels = NDArray[Any]
 
@@ -138,7 +138,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
     y is one label a sequence. A fit on a table takes tables of the same width from then on, as everywhere in
     scikit-learn; sequences of any other length are given as a list of arrays.
 
-    Parameters are those of `throughtime.tasks.model.Shape` and `throughtime.tasks.training.Recipe`; `cell` is a name
+    Parameters are those of `throughtime.tasks.model.Shape` and `throughtime.training.loop.Recipe`; `cell` is a name
     such as "gru", "module:name" or a `Cell`. With `patience`, training ends after so many epochs without a lower loss
     on `validation_fraction` of the sequences, which are kept apart for that; without it, all are trained on.
     `random_state` decides all that is drawn.
@@ -149,7 +149,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         The labels, sorted.
     model_ : throughtime.tasks.model.SequenceModel
         The trained network.
-    encoder_ : throughtime.tasks.encoding.Encoder
+    encoder_ : throughtime.data.encoding.Encoder
         The scaler and the vocabularies, fitted on the training sequences.
     loss_curve_ : list of float
         The mean training loss of each epoch.
@@ -324,7 +324,7 @@ def _refuse_several_rows(x: Any) -> None:
     if getattr(getattr(x, "index", None), "nlevels", 1) > 1:
         raise DataError(
             "X is a long table, several rows a sequence, which scikit-learn would split between them; make it a list"
-            " first: throughtime.tasks.arrays.sequences_of(X.reset_index(), sequence_id=...)"
+            " first: throughtime.data.arrays.sequences_of(X.reset_index(), sequence_id=...)"
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks.training import Recipe
+from throughtime.training.loop import Recipe
 
 CELL_FILE = "cell.json"
 """A run's own cell, beside its config.toml: what `cell` says there unless the cell is a built-in one."""
@@ -179,7 +179,7 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 def _anchored(record: dict[str, Any], file: Path) -> dict[str, Any]:
     """Paths of files as seen from the TOML file's folder, wherever the command is typed."""
-    from throughtime.tasks.reading import SHIPPED
+    from throughtime.data.packaged import SHIPPED
 
     data, network = record.get("data"), record.get("network")
     if isinstance(data, dict) and isinstance(name := data.get("file"), str) and name not in SHIPPED:

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.batches import Batch, Part
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
 from throughtime.tasks.model import SequenceModel, bounded_batches, counted, loss_sum
-from throughtime.tasks.parts import Batch, Part
 
 JITTER = 0.2
 """Sequences are sorted by their length times 1 plus or minus up to this much: alike in a batch, new in every epoch."""
@@ -224,7 +224,7 @@ def evaluate(model: SequenceModel, part: Part, batch_size: int = 512) -> Evaluat
 
 
 @contextmanager
-def threads(number: int) -> Iterator[None]:
+def on_threads(number: int) -> Iterator[None]:
     """Compute with so many threads; afterwards with as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)

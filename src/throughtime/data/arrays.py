@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from throughtime.data.sequences import Task
 from throughtime.errors import DataError
-from throughtime.tasks.sequences import Task
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -16,17 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from throughtime.data.batches import Part
+from throughtime.data.encoding import Encoded
 from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.reach import Reach, gradient_norms
-from throughtime.tasks import training
 from throughtime.tasks.baselines import Baseline, baselines
-from throughtime.tasks.encoding import Encoded
 from throughtime.tasks.model import SequenceModel, Shape, build, predict
-from throughtime.tasks.parts import Part
-from throughtime.tasks.training import Recipe, train
+from throughtime.training.loop import Recipe, on_threads, train
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -284,7 +283,7 @@ def compare(
     chosen = _known(cells)
     shapes = sizes(chosen, Shape.fitting(data.encoder, hidden_size=hidden_size), match)
     runs: dict[str, list[Run]] = {cell.name: [] for cell in chosen}
-    with training.threads(threads):
+    with on_threads(threads):
         for seed in range(seeds):  # the outer loop, so that whatever else the machine does falls on all cells
             for cell, shape in zip(chosen, shapes, strict=True):
                 model = build(cell, shape, seed=seed)

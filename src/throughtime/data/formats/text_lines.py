@@ -7,9 +7,9 @@ from typing import Literal, get_args
 
 import numpy as np
 
+from throughtime.data import files
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.sequences import Columns, Sequences
 
 Text = Literal["words", "letters"]
 """What a step is: what stands between white space, marks and all; or each Unicode character, spaces too."""

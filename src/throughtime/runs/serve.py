@@ -17,18 +17,19 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from throughtime.data import splitting
+from throughtime.data.encoding import Encoder
+from throughtime.data.files import kind as kind_of
+from throughtime.data.packaged import SHIPPED
+from throughtime.data.reading import FORMATS as READ_AS
+from throughtime.data.reading import read
+from throughtime.data.sequences import Sequences
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks import splitting
-from throughtime.tasks.config import Data
-from throughtime.tasks.encoding import Encoder
-from throughtime.tasks.files import kind as kind_of
-from throughtime.tasks.fitting import sum_of
+from throughtime.runs.configuration import Data
+from throughtime.runs.fit import sum_of
+from throughtime.runs.folder import LoadedRun
 from throughtime.tasks.model import probabilities
-from throughtime.tasks.reading import FORMATS as READ_AS
-from throughtime.tasks.reading import SHIPPED, read
-from throughtime.tasks.runs import LoadedRun
-from throughtime.tasks.sequences import Sequences
-from throughtime.tasks.training import evaluate as measure
+from throughtime.training.loop import evaluate as measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -77,7 +77,7 @@ def render(page: Page) -> str:
     from markupsafe import Markup
 
     environment = Environment(
-        loader=PackageLoader("throughtime.insight"),
+        loader=PackageLoader("throughtime.report"),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -15,7 +15,7 @@ from throughtime.insight.gates import Gate, Memory
 from throughtime.insight.pairs import Pairs
 from throughtime.insight.reach import LayerReach
 from throughtime.insight.rehearsal import Place
-from throughtime.insight.report import Remedy
+from throughtime.report.page import Remedy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from throughtime.data.encoding import Encoder
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, DataError, ThroughtimeError
-from throughtime.tasks.config import CELL_FILE, Config
-from throughtime.tasks.encoding import Encoder
+from throughtime.runs.configuration import CELL_FILE, Config
 from throughtime.tasks.model import SequenceModel, Shape
-from throughtime.tasks.training import Recipe, Snapshot
+from throughtime.training.loop import Recipe, Snapshot
 
 FORMAT = "throughtime-run-1"
 WEIGHTS, ENCODER, CONFIG, METRICS = "weights.safetensors", "encoder.json", "config.toml", "metrics.jsonl"

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from throughtime.data.encoding import Encoded
 from throughtime.equations.cell import Cell
-from throughtime.insight.report import Chapter, Page, Picture, Table, render
-from throughtime.tasks.config import Config
-from throughtime.tasks.encoding import Encoded
+from throughtime.report.page import Chapter, Page, Picture, Table, render
+from throughtime.runs.configuration import Config
 from throughtime.tasks.model import SequenceModel, predict
-from throughtime.tasks.training import ENOUGH, HOW
+from throughtime.training.loop import ENOUGH, HOW
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -157,7 +157,7 @@ throughtime evaluate {story.name} DATA          # its score on labelled data
 
 ```python
 from pathlib import Path
-from throughtime.tasks.runs import load
+from throughtime.runs.folder import load
 
 run = load(Path("{story.name}"))   # verifies every file; executes none
 run.model, run.encoder
@@ -200,7 +200,7 @@ def report(story: Story) -> str:
 
 
 def _pictures(story: Story) -> list[Picture]:
-    from throughtime.insight import drawing
+    from throughtime.report import drawing
 
     losses = {"training": _series(story, "loss")}
     scores = {}

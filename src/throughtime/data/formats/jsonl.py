@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from throughtime.data import files
+from throughtime.data.sequences import Columns, Sequences, Task
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.sequences import Columns, Sequences, Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

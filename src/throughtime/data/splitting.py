@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
 
+from throughtime.data.sequences import Sequences
 from throughtime.errors import DataError
-from throughtime.tasks.sequences import Sequences
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

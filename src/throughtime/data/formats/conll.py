@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from throughtime.data import files
+from throughtime.data.sequences import Columns, Sequences
+from throughtime.data.tables import read_number, require_column
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.tables import read_number, require_column
 
 
 def read_conll(

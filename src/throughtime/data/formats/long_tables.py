@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from throughtime.tasks.sequences import Columns, Sequences, Task
-from throughtime.tasks.tables import Table, read_table
+from throughtime.data.sequences import Columns, Sequences, Task
+from throughtime.data.tables import Table, read_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeGuard
 
+from throughtime.data.encoding import Encoder
 from throughtime.errors import DataError, ThroughtimeError
 from throughtime.nn.layout import State
-from throughtime.tasks.encoding import Encoder
 from throughtime.tasks.model import SequenceModel
 
 LONGEST_LINE = 2**20

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from throughtime.data import splitting
+from throughtime.data.batches import Batch, Part
+from throughtime.data.sequences import Sequences, Task
 from throughtime.errors import DataError
-from throughtime.tasks import splitting
-from throughtime.tasks.parts import Batch, Part
-from throughtime.tasks.sequences import Sequences, Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
