@@ -27,7 +27,7 @@ import torch
 from throughtime.runs import folder as runs
 from throughtime.runs.configuration import Config
 from throughtime.runs.fit import environment, fit
-from throughtime.training.loop import Recipe
+from throughtime.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 DONE = os.WEXITED | os.WNOHANG | os.WNOWAIT

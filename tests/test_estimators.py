@@ -220,7 +220,7 @@ def test_a_long_table_becomes_a_list_that_no_split_can_cut() -> None:
     assert [each.columns.tolist() for each in x] == [["pitch"]] * 40
     assert np.concatenate([each["pitch"] for each in x]).tolist() == [row[3] for row in rows]
     assert SequenceClassifier(**SMALL).fit(x, y).predict(x[:3]).dtype == np.int64
-    x, y, _ = sequences_of(frame, sequence_id="id", time="t", target="label", task="tag")
+    x, y, _ = sequences_of(frame, sequence_id="id", time="t", target="label", by_step=True)
     assert SequenceTagger(**SMALL).fit(x, y).score(x, y) > 0.5
     assert sequences_of(frame, sequence_id="id").y == []
     for columns, change, expected in (

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from as_typed import encode
 
-from throughtime.data.encoding import encode
-from throughtime.data.reading import Columns, Sequences
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.equations.catalogue import GRU
 from throughtime.insight.diagnosis import Diagnosis, Seen, look
 from throughtime.nn import Recurrent
@@ -19,7 +19,7 @@ from throughtime.report.diagnosis_page import page
 from throughtime.report.page import Remedy, render, save
 from throughtime.runs import findings
 from throughtime.runs.compare import compare
-from throughtime.training.loop import Recipe
+from throughtime.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from selenium import webdriver

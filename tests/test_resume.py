@@ -19,7 +19,7 @@ from throughtime.errors import ThroughtimeError
 from throughtime.runs import folder as runs
 from throughtime.runs.configuration import Config
 from throughtime.runs.fit import fit
-from throughtime.runs.folder import Run
+from throughtime.runs.folder import UnfinishedRun
 
 KILLS = 10
 TIMED = {"seconds", "steps_per_second"}
@@ -168,14 +168,14 @@ def test_a_kill_at_any_step_of_the_ending_leaves_what_can_be_finished(
         path = ending / str(number)
 
         def work(path: Path = path, number: int = number) -> None:
-            with Run.create(path) as run, counted(killed_at(number), CHANGES):
+            with UnfinishedRun.create(path) as run, counted(killed_at(number), CHANGES):
                 run.finish(contents)
 
         ended = in_a_child(work)
         if not path.exists():
             with pytest.raises(ThroughtimeError, match="not finished"):
                 runs.load(path)
-            with Run.resume(path) as run:
+            with UnfinishedRun.resume(path) as run:
                 run.put_in_place() if run.is_complete else run.finish(contents)
         runs.load(path)
         assert {name: (path / name).read_bytes() for name in runs.FILES} == contents

@@ -4,11 +4,11 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from as_typed import in_words, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from throughtime.data.sequences import Columns, Sequences
-from throughtime.data.splitting import in_words, split
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Columns, Sequences
 from throughtime.errors import DataError
 
 COLUMNS = Columns(sequence_id="id", target="y", time="t", group="g", part="p")
@@ -28,7 +28,7 @@ def labelled(
         labels=tuple(tuple(each) for each in labels) if tag else tuple(labels),
         groups=tuple(groups) if groups else None,
         parts=parts,
-        task="tag" if tag else "classify",
+        role=PER_STEP if tag else PER_SEQUENCE,
     )
 
 

@@ -15,13 +15,17 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 
 from throughtime.data.arrays import Given, is_list_of_sequences, read_list, read_padded, read_recording
-from throughtime.data.encoding import Encoder
 from throughtime.data.sequences import Columns, Sequences
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks.model import Shape, build, probabilities
-from throughtime.training.loop import Recipe, train
+from throughtime.tasks.classify import Classify
+from throughtime.tasks.encoding import Encoder
+from throughtime.tasks.model import Architecture, build, outputs
+from throughtime.tasks.tag import Tag
+from throughtime.tasks.task import Task
+from throughtime.training.loop import train
+from throughtime.training.recipe import Recipe
 
 Labels = NDArray[Any]
 
@@ -29,7 +33,7 @@ Labels = NDArray[Any]
 class _SequenceEstimator(BaseEstimator):
     """What both estimators share: the hyperparameters, and the way from labelled sequences to a trained network."""
 
-    _task: Literal["classify", "tag"]
+    _task: Task
     _table = False  # whether it was fitted on a table, whose width every other then has
     _ragged = False  # whether it was fitted on padded sequences with lengths
 
@@ -79,8 +83,8 @@ class _SequenceEstimator(BaseEstimator):
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))
         sequences = _sequences(given, self._task, labels)
         for_training, for_validation = self._held_out(labels, seed)
-        self.encoder_ = Encoder.fit(sequences, for_training)
-        shape = Shape.fitting(
+        self.encoder_ = Encoder.fit(self._task, sequences, for_training)
+        architecture = Architecture.fitting(
             self.encoder_,
             hidden_size=_plain(self.hidden_size),
             num_layers=_plain(self.num_layers),
@@ -89,7 +93,7 @@ class _SequenceEstimator(BaseEstimator):
             embedding_size=_plain(self.embedding_size),
         )
         cell = self.cell if isinstance(self.cell, Cell) else find(self.cell)
-        self.model_ = build(cell, shape, seed=seed)
+        self.model_ = build(cell, architecture, seed=seed)
         part = self.encoder_.part(sequences, for_training)
         validation = self.encoder_.part(sequences, for_validation) if len(for_validation) else None
         self.loss_curve_ = [each.loss for each in train(self.model_, part, recipe, seed=seed, validation=validation)]
@@ -101,7 +105,7 @@ class _SequenceEstimator(BaseEstimator):
             return everything, everything[:0]
         if not 0 < self.validation_fraction < 1:
             raise ThroughtimeError(f"validation_fraction is {self.validation_fraction}; give a share between 0 and 1")
-        stratify = labels if self._task == "classify" else None
+        stratify = None if self._task.by_step else labels
         kept, held = train_test_split(
             everything, test_size=self.validation_fraction, random_state=seed, stratify=stratify
         )
@@ -121,8 +125,8 @@ class _SequenceEstimator(BaseEstimator):
                 f" {_columns(self.encoder_.features, self.encoder_.symbol_columns)}; give the same"
             )
         part = self.encoder_.part(_sequences(given, self._task, ()), None, labelled=False)
-        answers = probabilities(self.model_, part)
-        return _normalised(answers) if isinstance(answers, Tensor) else [_normalised(each) for each in answers]
+        shares = [_normalised(output.softmax(-1)) for output in outputs(self.model_, part)]
+        return shares if self._task.by_step else np.stack(shares)
 
 
 class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
@@ -138,9 +142,9 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
     y is one label a sequence. A fit on a table takes tables of the same width from then on, as everywhere in
     scikit-learn; sequences of any other length are given as a list of arrays.
 
-    Parameters are those of `throughtime.tasks.model.Shape` and `throughtime.training.loop.Recipe`; `cell` is a name
-    such as "gru", "module:name" or a `Cell`. With `patience`, training ends after so many epochs without a lower loss
-    on `validation_fraction` of the sequences, which are kept apart for that; without it, all are trained on.
+    Parameters are those of `throughtime.tasks.model.Architecture` and `throughtime.training.recipe.Recipe`; `cell` is a
+    name such as "gru", "module:name" or a `Cell`. With `patience`, training ends after so many epochs without a lower
+    loss on `validation_fraction` of the sequences, which are kept apart for that; without it, all are trained on.
     `random_state` decides all that is drawn.
 
     Attributes
@@ -149,7 +153,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         The labels, sorted.
     model_ : throughtime.tasks.model.SequenceModel
         The trained network.
-    encoder_ : throughtime.data.encoding.Encoder
+    encoder_ : throughtime.tasks.encoding.Encoder
         The scaler and the vocabularies, fitted on the training sequences.
     loss_curve_ : list of float
         The mean training loss of each epoch.
@@ -159,7 +163,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         Names of those columns, where a data frame was given.
     """
 
-    _task = "classify"
+    _task = Classify()
 
     def fit(self, X: Any, y: ArrayLike, lengths: ArrayLike | None = None) -> SequenceClassifier:
         """Train on labelled sequences. Raises ThroughtimeError, or scikit-learn's own ValueError or TypeError."""
@@ -221,7 +225,7 @@ class SequenceTagger(_SequenceEstimator):
     `feature_names_in_` are always about the features of a step.
     """
 
-    _task = "tag"
+    _task = Tag()
 
     def fit(self, X: Any, y: Any, lengths: ArrayLike | None = None) -> SequenceTagger:
         """Train on labelled steps. Raises ThroughtimeError, or scikit-learn's own ValueError or TypeError."""
@@ -344,9 +348,9 @@ def _one_each(estimator: _SequenceEstimator, x: Any, y: Any) -> Labels:
     return labels
 
 
-def _sequences(given: Given, task: Literal["classify", "tag"], labels: Any) -> Sequences:
+def _sequences(given: Given, task: Task, labels: Any) -> Sequences:
     """As a file would have given them, the labels written as their numbers."""
-    written: Any = tuple(map(str, labels)) if task == "classify" else tuple(tuple(map(str, each)) for each in labels)
+    written: Any = tuple(tuple(map(str, each)) for each in labels) if task.by_step else tuple(map(str, labels))
     return Sequences(
         name="X",
         source="X",
@@ -355,7 +359,7 @@ def _sequences(given: Given, task: Literal["classify", "tag"], labels: Any) -> S
         ids=tuple(map(str, range(len(given.steps)))),
         steps=given.steps,
         labels=written,
-        task=task,
+        role=task.role,
         symbols=given.symbols,
         symbol_columns=given.symbol_columns,
     )

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from throughtime.data.sequences import Task
 from throughtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -122,14 +121,14 @@ def sequences_of(
     sequence_id: str,
     time: str | None = None,
     target: str | None = None,
-    task: Task = "classify",
+    by_step: bool = False,
 ) -> LongTable:
     """A long table, a row a step, as what the estimators take; scikit-learn then cannot split a sequence.
 
     Sequences are in the order of their ids, steps in that of `time` or else of the rows. All columns without a role are
-    kept. y has the target of each sequence, or to tag an array with that of each step, and is empty without `target`.
+    kept. y has the target of each sequence, or with `by_step` an array with that of each step; empty without `target`.
     Raises DataError for a column that is missing, an empty cell among ids, times and targets, two rows for one step,
-    and, to classify, a target that changes within a sequence.
+    and, unless `by_step`, a target that changes within a sequence.
     """
     roles = [role for role in (sequence_id, time, target) if role is not None]
     for role in roles:
@@ -145,18 +144,18 @@ def sequences_of(
         frame = frame.sort_values(time, kind="stable")
     pieces = [(name, rows) for name, rows in frame.groupby(sequence_id, sort=True, observed=True)]
     x = [rows.drop(columns=roles) for _, rows in pieces]
-    return LongTable(x, _targets(pieces, target, task), [name for name, _ in pieces])
+    return LongTable(x, _targets(pieces, target, by_step), [name for name, _ in pieces])
 
 
-def _targets(pieces: list[tuple[Any, pd.DataFrame]], target: str | None, task: Task) -> list[Any]:
+def _targets(pieces: list[tuple[Any, pd.DataFrame]], target: str | None, by_step: bool) -> list[Any]:
     if target is None:
         return []
-    if task == "tag":
+    if by_step:
         return [rows[target].to_numpy() for _, rows in pieces]
     for name, rows in pieces:
         if rows[target].nunique() > 1:
             labels = " and ".join(repr(label) for label in rows[target].unique()[:2].tolist())
-            raise DataError(f"column {target!r} is {labels} in sequence {name!r}; give one, or tag (task='tag')")
+            raise DataError(f"column {target!r} is {labels} in sequence {name!r}; give one, or read all (by_step=True)")
     return [rows[target].iloc[0] for _, rows in pieces]
 
 

@@ -14,8 +14,8 @@ from torch.nn.utils.rnn import pad_sequence
 class Batch:
     """Sequences side by side, zero past each end; what `SequenceModel.forward` takes.
 
-    x: [T, B, features] float32. symbols: [T, B, symbol columns] int64. lengths: [B] int64. targets: [B] to classify,
-    [T, B] to tag, int64; [0] where labels are not known.
+    x: [T, B, features] float32. symbols: [T, B, symbol columns] int64. lengths: [B] int64. targets: [B, ...] where
+    each sequence has one, [T, B, ...] where each step has one; [0] where they are not known.
     """
 
     x: Tensor
@@ -35,8 +35,9 @@ class Batch:
 class Part:
     """The training, validation or test part, one tensor per sequence.
 
-    steps: [length, features] float32. targets: [sequences] int64 to classify; a tuple of [length] int64 to tag; with
-    nothing in it where labels are not known. symbols: [length, symbol columns] int64, or none at all.
+    steps: [length, features] float32. targets: a tensor [sequences, ...] where each sequence has one; a tuple of
+    tensors [length, ...] where each step has one; with nothing in it where they are not known. symbols: [length, symbol
+    columns] int64, or none at all.
     """
 
     steps: tuple[Tensor, ...]
@@ -50,13 +51,6 @@ class Part:
     def labelled(self) -> bool:
         """Whether targets are known."""
         return len(self.targets) == len(self.steps)
-
-    @property
-    def classes(self) -> Tensor:
-        """The targets of a part to classify: [sequences]."""
-        if isinstance(self.targets, tuple):
-            raise TypeError("a part to tag has a class for every step; use targets")
-        return self.targets
 
     @property
     def lengths(self) -> Tensor:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -12,27 +12,62 @@ from throughtime.errors import DataError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-Task = Literal["classify", "tag"]
-"""One answer at the end of a sequence, or one at every step."""
+
+@dataclass(frozen=True)
+class TargetRole:
+    """What a target belongs to: `per="sequence"` has one label for a whole sequence, `per="step"` one for every step.
+
+    Every label is a class by now. A number, several labels at once or a sequence of its own will be another field here,
+    for a reader has to know which; a task whose targets are in the inputs themselves, such as a forecast, reads none.
+    """
+
+    per: Literal["sequence", "step"]
+
+    @property
+    def by_step(self) -> bool:
+        """Whether there is a target for every step."""
+        return self.per == "step"
+
+    @property
+    def words(self) -> str:
+        """What a file holds then."""
+        return "a label for each step" if self.by_step else "one label for each sequence"
+
+
+PER_SEQUENCE, PER_STEP = TargetRole("sequence"), TargetRole("step")
+
+
+def _option(default: Any, help: str, *, renamed: bool = False) -> Any:
+    """An option of reading; `renamed` if a file to predict on may call that column otherwise than the training's."""
+    return field(default=default, metadata={"help": help, "renamed": renamed})
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a file plays which role.
+    """How a file is to be read: which column plays which role.
 
-    `features=None` takes every column without another role. Without `time`, a sequence's steps are in the
-    order of the file. `group` names what must not be split between training and test (a patient, a
-    machine); `part` names a column that says `train`, `validation` or `test` and so fixes the split; `symbols` are
-    read as text, one embedding each. `target` is None where labels are not read.
+    This is the one place where an option of reading is written: configurations, TOML files and the command line take
+    names, defaults and help from here; what it means stands in the formats that know it (`formats`). `features=()`
+    takes every column without another role. Without `time`, a sequence's steps are in the order of the file. `group`
+    names what must not be split between training and test (a patient, a machine); `part` names a column that says
+    `train`, `validation` or `test` and so fixes the split; `symbols` are read as text, one embedding each. `target` is
+    None where labels are not read. `text` says what a step of a line of text is.
     """
 
-    sequence_id: str
-    target: str | None
-    time: str | None = None
-    features: tuple[str, ...] | None = None
-    group: str | None = None
-    part: str | None = None
-    symbols: tuple[str, ...] = ()
+    sequence_id: str | None = _option(None, "Column that tells the sequences apart.", renamed=True)
+    target: str | None = _option(None, "Column with the label.", renamed=True)
+    time: str | None = _option(None, "Column that orders a sequence's steps: numbers or dates.", renamed=True)
+    features: tuple[str, ...] = _option((), "Columns of numbers, comma-separated; all others if not given.")
+    group: str | None = _option(None, "Column that the split keeps whole: a patient, a machine.")
+    part: str | None = _option(None, "Column that says train, validation or test: a split of your own.")
+    symbols: tuple[str, ...] = _option((), "Columns of text to embed, comma-separated.")
+    text: str | None = _option(None, "The steps of a line of text: words or letters.")
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The options that were given, by name."""
+        values = {each.name: getattr(self, each.name) for each in fields(Columns)}
+        return {name: value for name, value in values.items() if value}
 
     def roles(self) -> dict[str, str]:
         """The role of each column that has one of its own: `{"utterance": "sequence id", ...}`."""
@@ -51,7 +86,7 @@ class Columns:
             if column in taken:
                 raise DataError(f"column {column!r} is named both as {taken[column]} and as {role}: name two columns")
             taken[column] = role
-        for column in self.features or ():
+        for column in self.features:
             if column in taken:
                 raise DataError(f"column {column!r} is the {taken[column]} and cannot be a feature too: leave it out")
         return taken
@@ -73,8 +108,8 @@ class Sequences:
     Those of a table are sorted by id, so that the order of its rows is immaterial; others are in the order of the
     file. Each of `steps` is [length, features] in float64 and in the order of time, with 0 columns where there are
     no numbers; each of `symbols` is length x symbol columns of text, and `symbols` is empty where there are none.
-    `ids`, `groups` and `parts` have one text per sequence. `labels` has one text per sequence to classify, one per
-    step to tag, and is empty where labels were not read. `notices` are things that a reader of the results should
+    `ids`, `groups` and `parts` have one text per sequence. `labels` has one text per sequence, or one per step, as
+    `role` says, and is empty where labels were not read. `notices` are things that a reader of the results should
     know, in plain words.
     """
 
@@ -88,7 +123,7 @@ class Sequences:
     groups: tuple[str, ...] | None = None
     parts: tuple[str, ...] | None = None
     notices: tuple[str, ...] = ()
-    task: Task = "classify"
+    role: TargetRole = PER_SEQUENCE
     symbols: tuple[tuple[tuple[str, ...], ...], ...] = ()
     symbol_columns: tuple[str, ...] = ()
 
@@ -101,6 +136,6 @@ class Sequences:
         return np.array([len(steps) for steps in self.steps], dtype=np.int64)
 
     def labels_of(self, index: int) -> tuple[str, ...]:
-        """The labels of one sequence: one to classify, one per step to tag."""
+        """The labels of one sequence: a single one, or one per step."""
         labels = self.labels[index]
         return (labels,) if isinstance(labels, str) else labels

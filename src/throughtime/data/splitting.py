@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Set
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 import numpy as np
@@ -24,17 +26,40 @@ class Split(NamedTuple):
     test: NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class Strata:
+    """What a split balances: the labels that each sequence holds, and whether each of them must be in every part.
+
+    With `each`, a sequence holds one label, and each label gives its share of sequences to each part. Without it, a
+    sequence is shared out by the rarest of its labels, rare ones together, and one with a label that no sequence to
+    learn from would have stays in the training part. `noun` is what a label is called: "class". A task without labels
+    says `Strata(({""},) * n, ...)`: nothing is balanced then.
+    """
+
+    held: tuple[Set[str], ...]
+    each: bool
+    noun: str
+
+    def of(self, among: NDArray[np.int64]) -> NDArray[np.str_]:
+        """What each of these sequences is shared out by: its label, of several the one that fewest of them hold."""
+        held = [self.held[i] for i in among]
+        sequences_with = Counter(label for labels in held for label in labels)
+        return np.array([min(labels, key=lambda label: (sequences_with[label], label)) for labels in held])
+
+
 def split(
-    sequences: Sequences, *, test_fraction: float = 0.25, validation_fraction: float = 0.0, seed: int = 0
+    sequences: Sequences,
+    strata: Strata,
+    *,
+    test_fraction: float = 0.25,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
 ) -> Split:
     """Draw whole sequences for each part; `validation_fraction` is the share of what the test leaves.
 
-    A `part` column decides alone, but for a validation part where it names none. Otherwise:
-
-    - to classify, each class gives `test_fraction` of its sequences, rounded, and at least one, to the test part, and
-      likewise to the validation part while one is left to learn from;
-    - to tag, sequences are shared out by the rarest label that each holds; one with a label that no sequence to
-      learn from would have stays in the training part.
+    A `part` column decides alone, but for a validation part where it names none. Otherwise, with `strata.each`, each
+    label gives `test_fraction` of its sequences, rounded, and at least one, to the test part, and likewise to the
+    validation part while one is left to learn from; `Strata` says what holds without it.
 
     With a `group` column, whole groups go to one side, and the share is met as closely as `1 / round(1 / fraction)`
     and the groups' sizes allow.
@@ -47,22 +72,27 @@ def split(
     else:
         _check_fraction("test", test_fraction, least=None)
         everything = np.arange(len(sequences), dtype=np.int64)
-        train, test = _draw(sequences, everything, test_fraction, seed, part="test")
+        train, test = _draw(sequences, strata, everything, test_fraction, seed, part="test")
         validation = everything[:0]
     if validation_fraction and not validation.size:
-        train, validation = _draw(sequences, train, validation_fraction, seed, part="validation")
+        train, validation = _draw(sequences, strata, train, validation_fraction, seed, part="validation")
     drawn = Split(train, validation, test)
-    _check_labels(sequences, drawn)
+    _check_labels(sequences, strata, drawn)
     return drawn
 
 
 def in_words(
-    sequences: Sequences, *, test_fraction: float = 0.25, validation_fraction: float = 0.0, seed: int = 0
+    sequences: Sequences,
+    strata: Strata,
+    *,
+    test_fraction: float = 0.25,
+    validation_fraction: float = 0.0,
+    seed: int = 0,
 ) -> str:
     """How `split` with the same arguments divides, for a reader of the results."""
     columns = sequences.columns
     whole = "sequences" if sequences.groups is None else f"groups of one {columns.group!r}"
-    each = " of each class" if sequences.task == "classify" else ""
+    each = f" of each {strata.noun}" if strata.each else ""
     rest = f"{validation_fraction:.0%}{each} of the rest for validation" if validation_fraction else ""
     if sequences.parts is not None:
         rest = "" if "validation" in sequences.parts else rest
@@ -104,42 +134,31 @@ def _as_published(sequences: Sequences) -> Split:
 
 
 def _draw(
-    sequences: Sequences, among: NDArray[np.int64], fraction: float, seed: int, *, part: str
+    sequences: Sequences, strata: Strata, among: NDArray[np.int64], fraction: float, seed: int, *, part: str
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The indices kept and those drawn from `among` for this part, both ascending."""
     by_group = sequences.groups is not None
-    strata = _strata(sequences, among)
-    if sequences.task == "classify" and part == "test":
-        _check_sizes(sequences, strata)
-    if sequences.task == "tag" or (by_group and part == "validation"):
-        strata = _merged(strata, least=round(1 / fraction))
+    shared = strata.of(among)
+    if strata.each and part == "test":
+        _check_sizes(sequences, strata, shared)
+    if not strata.each or (by_group and part == "validation"):
+        shared = _merged(shared, least=round(1 / fraction))
     choices = (
-        _choices_of_groups(np.array(sequences.groups)[among], strata, fraction, seed)
+        _choices_of_groups(np.array(sequences.groups)[among], shared, fraction, seed)
         if by_group
-        else [_choose_sequences(strata, fraction, seed)]
+        else [_choose_sequences(shared, fraction, seed)]
     )
     sides = [(among[~chosen], among[chosen]) for chosen in choices]
-    if by_group and sequences.task == "classify":
-        sides = [each for each in sides if _covers(np.array(sequences.labels), *each, part)]
+    if by_group and strata.each:
+        sides = [each for each in sides if _covers(strata, *each, part)]
     if not sides:
-        _refuse_groups(sequences, fraction, part)
-    kept, drawn = sides[0]
-    if sequences.task == "tag":
-        kept, drawn = _best_taught(sequences, sides)
+        _refuse_groups(sequences, strata, fraction, part)
+    kept, drawn = sides[0] if strata.each else _best_taught(sequences, strata, sides)
     if not drawn.size:
         raise DataError(
             f"{sequences.source}: no sequence is left for the {part} part; add sequences, or raise the {part} fraction"
         )
     return kept, drawn
-
-
-def _strata(sequences: Sequences, among: NDArray[np.int64]) -> NDArray[np.str_]:
-    """What is shared out evenly: the class of each sequence; to tag, the label of it that fewest sequences have."""
-    if sequences.task == "classify":
-        return np.array(sequences.labels)[among]
-    held = [set(sequences.labels_of(i)) for i in among]
-    sequences_with = Counter(label for labels in held for label in labels)
-    return np.array([min(labels, key=lambda label: (sequences_with[label], label)) for labels in held])
 
 
 def _merged(strata: NDArray[np.str_], least: int) -> NDArray[np.str_]:
@@ -177,66 +196,65 @@ def _choices_of_groups(
     return [np.isin(np.arange(len(groups)), drawn) for _, drawn in divided]
 
 
-def _covers(labels: NDArray[np.str_], kept: NDArray[np.int64], drawn: NDArray[np.int64], part: str) -> bool:
-    learnt, tried = set(labels[kept]), set(labels[drawn])
+def _covers(strata: Strata, kept: NDArray[np.int64], drawn: NDArray[np.int64], part: str) -> bool:
+    learnt, tried = ({label for i in side for label in strata.held[i]} for side in (kept, drawn))
     return learnt == tried if part == "test" else tried <= learnt
 
 
 def _best_taught(
-    sequences: Sequences, sides: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
+    sequences: Sequences, strata: Strata, sides: list[tuple[NDArray[np.int64], NDArray[np.int64]]]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The choice that loses least when what teaches a label of its own is moved back; the first of several."""
-    mended = [_keep_only_teachers(sequences, kept, drawn) for kept, drawn in sides]
+    mended = [_keep_only_teachers(sequences, strata, kept, drawn) for kept, drawn in sides]
     moved = [len(drawn) - len(left) for (_, drawn), (_, left) in zip(sides, mended, strict=True)]
     best = min(range(len(sides)), key=lambda i: (not len(mended[i][1]), moved[i]))
     return mended[best]
 
 
 def _keep_only_teachers(
-    sequences: Sequences, kept: NDArray[np.int64], drawn: NDArray[np.int64]
+    sequences: Sequences, strata: Strata, kept: NDArray[np.int64], drawn: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Move back whatever holds a label that nothing kept has; with its whole group, if there are groups."""
     units = np.array(sequences.ids if sequences.groups is None else sequences.groups)
-    known = {label for i in kept for label in sequences.labels_of(i)}
+    known = {label for i in kept for label in strata.held[i]}
     back: set[str] = set()
     for i in drawn:
-        if units[i] not in back and not known.issuperset(sequences.labels_of(i)):
+        if units[i] not in back and not known.issuperset(strata.held[i]):
             back.add(units[i])
-            known.update(label for j in drawn[units[drawn] == units[i]] for label in sequences.labels_of(j))
+            known.update(label for j in drawn[units[drawn] == units[i]] for label in strata.held[j])
     moved = np.isin(units[drawn], list(back))
     return np.sort(np.concatenate([kept, drawn[moved]])), drawn[~moved]
 
 
-def _check_sizes(sequences: Sequences, labels: NDArray[np.str_]) -> None:
+def _check_sizes(sequences: Sequences, strata: Strata, labels: NDArray[np.str_]) -> None:
     """Refuse a class that has only one sequence, or only one group, when drawing for the test."""
     groups = None if sequences.groups is None else np.array(sequences.groups)
     for label in np.unique(labels):
         if groups is None and (labels == label).sum() < 2:
-            _refuse_class(sequences, str(label), "has one sequence")
+            _refuse_label(sequences, strata, str(label), "has one sequence")
         if groups is not None and len(np.unique(groups[labels == label])) < 2:
-            _refuse_class(sequences, str(label), f"comes from one {sequences.columns.group!r}")
+            _refuse_label(sequences, strata, str(label), f"comes from one {sequences.columns.group!r}")
 
 
-def _check_labels(sequences: Sequences, drawn: Split) -> None:
-    in_train, in_validation, in_test = ({label for i in part for label in sequences.labels_of(i)} for part in drawn)
+def _check_labels(sequences: Sequences, strata: Strata, drawn: Split) -> None:
+    in_train, in_validation, in_test = ({label for i in part for label in strata.held[i]} for part in drawn)
     for label in sorted((in_test | in_validation) - in_train):
-        _refuse_class(sequences, label, "has no sequence in the training part")
-    if sequences.task == "classify":
+        _refuse_label(sequences, strata, label, "has no sequence in the training part")
+    if strata.each:
         for label in sorted(in_train - in_test):
-            _refuse_class(sequences, label, "has no sequence in the test part")
+            _refuse_label(sequences, strata, label, "has no sequence in the test part")
 
 
-def _refuse_groups(sequences: Sequences, fraction: float, part: str) -> NoReturn:
-    both = "every class on both sides" if part == "test" else "every class on the training side"
+def _refuse_groups(sequences: Sequences, strata: Strata, fraction: float, part: str) -> NoReturn:
+    both = f"every {strata.noun} on " + ("both sides" if part == "test" else "the training side")
     raise DataError(
         f"{sequences.source}: no split by {sequences.columns.group!r} with a {part} fraction of {fraction}"
-        f" puts {both}; raise the fraction, or add groups to the rarest classes"
+        f" puts {both}; raise the fraction, or add groups to the rarest"
     )
 
 
-def _refuse_class(sequences: Sequences, label: str, problem: str) -> NoReturn:
-    what = "class" if sequences.task == "classify" else "label"
+def _refuse_label(sequences: Sequences, strata: Strata, label: str, problem: str) -> NoReturn:
     raise DataError(
-        f"{sequences.source}, column {sequences.columns.target!r}: {what} {label!r} {problem}, so it cannot be"
-        f" both learnt and tested; add sequences of that {what} or remove it"
+        f"{sequences.source}, column {sequences.columns.target!r}: {strata.noun} {label!r} {problem}, so it cannot be"
+        f" both learnt and tested; add sequences of that {strata.noun} or remove it"
     )

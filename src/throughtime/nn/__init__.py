@@ -2,7 +2,8 @@
 
 from throughtime.nn.drop_in import GRU, LSTM, RNN, upgrade
 from throughtime.nn.dropout import Masks
-from throughtime.nn.readout import LastStep, PerStep, ragged_loss
+from throughtime.nn.losses import Losses, class_losses, ragged_loss
+from throughtime.nn.readout import LastStep, PerStep
 from throughtime.nn.recurrent import Layer, Recurrent, explain
 from throughtime.nn.stream import Stream
 from throughtime.nn.windows import Window, Windows
@@ -13,12 +14,14 @@ __all__ = [
     "RNN",
     "LastStep",
     "Layer",
+    "Losses",
     "Masks",
     "PerStep",
     "Recurrent",
     "Stream",
     "Window",
     "Windows",
+    "class_losses",
     "explain",
     "ragged_loss",
     "upgrade",

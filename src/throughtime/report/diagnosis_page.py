@@ -416,7 +416,7 @@ def _memories(diagnosis: Diagnosis) -> list[Line]:
 
 
 def _training(diagnosis: Diagnosis) -> Chapter:
-    training = diagnosis.training
+    training = diagnosis.history
     if training is None:
         return Chapter("In training")
     pictures = []

@@ -265,7 +265,7 @@ def shares_by_lag(found: Pairs) -> dict[str, NDArray[np.float64]]:
 
 
 def _training(diagnosis: Diagnosis) -> str:
-    training = diagnosis.training
+    training = diagnosis.history
     if training is None or not np.isfinite(training.norms).any():
         return ""
     norms = training.norms[np.isfinite(training.norms)]
@@ -319,7 +319,7 @@ def _why(trial: Trial, before: LayerReach) -> str:
 
 def _clipping(diagnosis: Diagnosis) -> Iterator[Remedy]:
     """Clipping, where gradients grow on their way back or their norms jump, and are not clipped yet."""
-    training, clip = diagnosis.training, diagnosis.clip
+    training, clip = diagnosis.history, diagnosis.clip
     grown = max(growth(one.farthest) for one in (diagnosis.before, diagnosis.after) if one is not None)
     jumps = _jumps(diagnosis)
     if clip is None or (grown < GROWN and jumps < GROWN):
@@ -344,7 +344,7 @@ def _jumps(diagnosis: Diagnosis) -> float:
 
 def _truncation(diagnosis: Diagnosis) -> Iterator[Remedy]:
     """The window of truncated back-propagation: too short for the task, or spared where nothing lasts longer."""
-    training, found = diagnosis.training, diagnosis.now.farthest
+    training, found = diagnosis.history, diagnosis.now.farthest
     window = training.truncate if training is not None else None
     if window is not None and diagnosis.needs is not None and window <= diagnosis.needs:
         yield Remedy(

@@ -6,20 +6,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from throughtime.data.encoding import Encoded
 from throughtime.equations.cell import Cell
 from throughtime.report.page import Chapter, Page, Picture, Table, render
 from throughtime.runs.configuration import Config
-from throughtime.tasks.model import SequenceModel, predict
-from throughtime.training.loop import ENOUGH, HOW
+from throughtime.tasks.encoding import Encoded
+from throughtime.tasks.task import Score, Task
+from throughtime.training.recipe import ENOUGH, HOW
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-
-MOST_CLASSES = 40
-"""With more classes than this the confusions are not drawn: squares would be too small to see."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +25,7 @@ class Story:
     config: Config
     encoded: Encoded
     cell: Cell
-    model: SequenceModel
+    score: Score
     metrics: tuple[dict[str, Any], ...]
     name: str
 
@@ -44,17 +40,26 @@ class Story:
         return self.metrics[-1]
 
     @property
-    def unit(self) -> str:
-        """What is counted: sequences, or steps."""
-        return "steps" if self.encoded.task == "tag" else "sequences"
+    def task(self) -> Task:
+        """What it learnt."""
+        return self.encoded.task
+
+    @property
+    def counted(self) -> str:
+        """What a score is of: "test sequences right"."""
+        return f"test {self.task.words.unit} {self.task.measure}"
 
     @property
     def verdict(self) -> str:
         """The score and the best of the baselines, in a sentence without its full stop."""
         result = self.result
-        best = max(result["baselines"], key=lambda row: row["score"])
-        beside = f"beside {best['score']:.1%} for {best['name']}, which needs no network"
-        return f"{self.cell.name} gets {result['score']:.1%} of {result['count']:,} test {self.unit} right, {beside}"
+        task = self.task
+        best = max(result["baselines"], key=lambda row: task.rank(row["score"]))
+        beside = f"beside {task.shown(best['score'])} for {best['name']}, which needs no network"
+        return (
+            f"{self.cell.name} gets {task.shown(result['score'])} of {result['count']:,} test {task.words.unit}"
+            f" {task.measure}, {beside}"
+        )
 
     @property
     def scores(self) -> list[tuple[str, float]]:
@@ -67,11 +72,7 @@ class Story:
     @property
     def uncertainty(self) -> str:
         """How far chance alone may move the score."""
-        if self.encoded.task == "tag":
-            return "Steps of one sequence resemble one another, so the score is less sure than their number suggests."
-        score, count = self.result["score"], self.result["count"]
-        error = (score * (1 - score) / count) ** 0.5
-        return f"One standard error of a score on {count:,} sequences is {100 * error:.1f} points."
+        return self.task.caution(self.result["score"], self.result["count"])
 
     @property
     def clipping(self) -> str:
@@ -123,13 +124,10 @@ class Story:
 def readme(story: Story) -> str:
     """The model card, in Markdown."""
     encoded = story.encoded
-    scores = "\n".join(f"| {name} | {score:.1%} |" for name, score in story.scores)
+    scores = "\n".join(f"| {name} | {story.task.shown(score)} |" for name, score in story.scores)
     facts = "\n".join(f"- **{term}**: {words}" for term, words in story.facts.items())
     notices = "".join(f"- {notice}.\n" for notice in encoded.notices)
     columns = ", ".join(f"`{name}`" for name in (*encoded.encoder.features, *encoded.encoder.symbol_columns))
-    classes = ", ".join(f"`{label}`" for label in encoded.vocabulary[:MOST_CLASSES])
-    more = len(encoded.vocabulary) - MOST_CLASSES
-    answer = "one of these for every step" if encoded.task == "tag" else "one of these for a whole sequence"
     streamed = (
         ""
         if story.config.network.bidirectional
@@ -139,7 +137,7 @@ def readme(story: Story) -> str:
 
 {story.verdict}.
 
-| | test {story.unit} right |
+| | {story.counted} |
 |---|---|
 {scores}
 
@@ -147,7 +145,7 @@ def readme(story: Story) -> str:
 
 ## What it does
 
-It reads {columns} at every step and says {answer}: {classes}{f" and {more} more" if more > 0 else ""}.
+It reads {columns} at every step and says {story.task.says(encoded.encoder.codec)}.
 
 ```
 throughtime predict {story.name} DATA           # the same columns as in training
@@ -157,7 +155,6 @@ throughtime evaluate {story.name} DATA          # its score on labelled data
 
 ```python
 from pathlib import Path
-from throughtime.runs.folder import load
 
 run = load(Path("{story.name}"))   # verifies every file; executes none
 run.model, run.encoder
@@ -180,7 +177,7 @@ every epoch, `report.html` the curves, and `manifest.json` a SHA-256 of each fil
 
 def report(story: Story) -> str:
     """The report, one HTML page."""
-    rows = tuple((name, f"{score:.1%}") for name, score in story.scores)
+    rows = tuple((name, story.task.shown(score)) for name, score in story.scores)
     page = Page(
         title=story.name,
         verdict=story.verdict,
@@ -190,7 +187,7 @@ def report(story: Story) -> str:
             f"Gradients: {story.clipping}.",
         ],
         chapters=[
-            Chapter("In numbers", table=Table(("", f"test {story.unit} right"), rows)),
+            Chapter("In numbers", table=Table(("", story.counted), rows)),
             Chapter("In pictures", pictures=_pictures(story)),
         ],
         facts=story.facts,
@@ -211,12 +208,12 @@ def _pictures(story: Story) -> list[Picture]:
     clipped = story.result["clip"] is not None
     if clipped:
         norms["clipped above"] = _series(story, "threshold")
-    per = "step" if story.encoded.task == "tag" else "sequence"
+    words = story.task.words
     pictures = [
         Picture(
             "Loss",
-            drawing.training(losses, f"loss per {per}, nats", log=False),
-            f"Mean cross entropy of a {per}, over each epoch.",
+            drawing.training(losses, f"loss per {words.each}, nats", log=False),
+            f"Mean cross entropy of a {words.each}, over each epoch.",
             f"Curves of the loss by epoch, ending at {losses['training'][-1]:.3g} on the training part.",
         ),
         Picture(
@@ -231,35 +228,19 @@ def _pictures(story: Story) -> list[Picture]:
         pictures.append(
             Picture(
                 "Score",
-                drawing.training(scores, f"{story.unit} right, %", log=False),
-                f"Share of the validation part's {story.unit} that are right.",
+                drawing.training(scores, f"{words.unit} {story.task.measure}, %", log=False),
+                f"Share of the validation part's {words.unit} that are {story.task.measure}.",
                 f"A curve of the validation score by epoch, at best {scores['validation'].max():.1f} per cent.",
             )
         )
-    if len(story.encoded.vocabulary) <= MOST_CLASSES:
-        pictures.append(
-            Picture(
-                "Confusions",
-                drawing.confusion(_confusions(story), story.encoded.vocabulary),
-                f"True class against said class on the test part, in per cent of the true class's {story.unit}.",
-                "A table of squares, true class down, said class across, the darker the more.",
-            )
-        )
+    pictures += story.score.pictures(
+        "Confusions",
+        f"True class against said class on the test part, in per cent of the true class's {words.unit}.",
+        "A table of squares, true class down, said class across, the darker the more.",
+    )
     return pictures
 
 
 def _series(story: Story, name: str) -> NDArray[np.float64]:
     """What the metrics say of each epoch, [epochs]; NaN where they say nothing."""
     return np.array([np.nan if line[name] is None else line[name] for line in story.epochs], dtype=np.float64)
-
-
-def _confusions(story: Story) -> NDArray[np.int64]:
-    """Test sequences (tag: steps) by true class and said class: [classes, classes]."""
-    said, true = predict(story.model, story.encoded.test), story.encoded.test.targets
-    counts = np.zeros((len(story.encoded.vocabulary),) * 2, dtype=np.int64)
-    np.add.at(counts, (_joined(true).numpy(), _joined(said).numpy()), 1)
-    return counts
-
-
-def _joined(classes: torch.Tensor | tuple[torch.Tensor, ...] | list[torch.Tensor]) -> torch.Tensor:
-    return classes if isinstance(classes, torch.Tensor) else torch.cat(list(classes))

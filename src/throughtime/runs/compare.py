@@ -14,18 +14,19 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from throughtime.data.batches import Part
-from throughtime.data.encoding import Encoded
 from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.reach import Reach, gradient_norms
-from throughtime.tasks.baselines import Baseline, baselines
-from throughtime.tasks.model import SequenceModel, Shape, build, predict
-from throughtime.training.loop import Recipe, on_threads, train
+from throughtime.tasks.encoding import Encoded
+from throughtime.tasks.model import Architecture, SequenceModel, build
+from throughtime.tasks.task import Baseline, Score
+from throughtime.training.evaluation import evaluate
+from throughtime.training.loop import on_threads, train
+from throughtime.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,17 +101,16 @@ def _quantile(degrees: float) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """One cell trained once: loss and seconds by epoch, what it says of the test part, its gradients by lag and row.
+class SeedResult:
+    """One cell trained with one seed: loss and seconds by epoch, its gradients by lag and row.
 
-    `score` is the share of test sequences (classify) or of their steps (tag) that it gets right, after the last epoch.
+    `tested` is its score on the test part after the last epoch.
     """
 
     losses: tuple[float, ...]
     seconds: tuple[float, ...]
     updates: int
-    score: float
-    predictions: Tensor
+    tested: Score
     norms_before: NDArray[np.float64]
     norms_after: NDArray[np.float64]
 
@@ -127,12 +127,12 @@ class CellResult:
     name: str
     hidden_size: int
     parameters: int
-    runs: tuple[Run, ...]
+    runs: tuple[SeedResult, ...]
 
     @property
     def scores(self) -> tuple[float, ...]:
         """Test score after the last epoch, by seed."""
-        return tuple(run.score for run in self.runs)
+        return tuple(run.tested.headline for run in self.runs)
 
     @property
     def score(self) -> Interval:
@@ -148,6 +148,15 @@ class CellResult:
     def loss(self) -> float:
         """Mean training loss of the last epoch, over the seeds."""
         return float(self.losses[-1])
+
+    @cached_property
+    def tested(self) -> Score:
+        """What all seeds together say of the test part."""
+        first, *others = (run.tested for run in self.runs)
+        together = copy.copy(first)
+        for other in others:
+            together.merge(other)
+        return together
 
     def epochs_to(self, loss: float) -> int:
         """Epochs until the mean training loss is as low as this; all of them if it never is."""
@@ -193,8 +202,8 @@ class Comparison:
 
     @property
     def best(self) -> CellResult:
-        """The cell with the highest mean test score."""
-        return max(self.cells, key=lambda cell: cell.score.estimate)
+        """The cell with the best mean test score."""
+        return max(self.cells, key=lambda cell: self.data.task.rank(cell.score.estimate))
 
     @property
     def slowest(self) -> CellResult:
@@ -207,7 +216,7 @@ class Comparison:
 
         With few seeds a worse cell of a wide interval can be level, and then so is a better one of a narrow interval.
         """
-        scores = {cell: cell.score.estimate for cell in self.cells}
+        scores = {cell: self.data.task.rank(cell.score.estimate) for cell in self.cells}
         equals = [cell for cell in self.cells if not Interval.between(self.best.scores, cell.scores).excludes(0)]
         return tuple(cell for cell in self.cells if scores[cell] >= min(scores[equal] for equal in equals))
 
@@ -219,12 +228,12 @@ class Comparison:
     @property
     def baseline(self) -> Baseline:
         """The best of the baselines."""
-        return max(self.baselines, key=lambda baseline: baseline.score)
+        return max(self.baselines, key=lambda baseline: self.data.task.rank(baseline.score))
 
     @property
     def counted(self) -> int:
-        """What the score counts in the test part: its sequences (classify) or their steps (tag)."""
-        return len(flat(self.data.test.targets))
+        """What the score counts in the test part: its sequences, or their steps."""
+        return self.cells[0].runs[0].tested.count
 
     @property
     def learnt(self) -> bool:
@@ -236,8 +245,9 @@ class Comparison:
 
         That is, were all its answers independent: those at the steps of one sequence hardly are.
         """
-        share = baseline.score
-        return self.best.score.estimate - share > 2 * math.sqrt(share * (1 - share) / self.counted)
+        task = self.data.task
+        lead = task.rank(self.best.score.estimate) - task.rank(baseline.score)
+        return lead > 2 * task.standard_error(baseline.score, self.counted)
 
     @property
     def lags(self) -> tuple[int, int]:
@@ -248,13 +258,6 @@ class Comparison:
     def cell(self, name: str) -> CellResult | None:
         """The result of the cell of this name, if it was compared."""
         return next((cell for cell in self.cells if cell.name == name), None)
-
-    def confusion(self, cell: CellResult) -> NDArray[np.int64]:
-        """Test sequences (tag: steps) by true class and said class, summed over the seeds: [classes, classes]."""
-        counts = np.zeros((len(self.data.vocabulary),) * 2, dtype=np.int64)
-        for run in cell.runs:
-            np.add.at(counts, (flat(self.data.test.targets).numpy(), run.predictions.numpy()), 1)
-        return counts
 
 
 def compare(
@@ -281,18 +284,20 @@ def compare(
     """
     recipe = replace(recipe or Recipe(), patience=None)
     chosen = _known(cells)
-    shapes = sizes(chosen, Shape.fitting(data.encoder, hidden_size=hidden_size), match)
-    runs: dict[str, list[Run]] = {cell.name: [] for cell in chosen}
+    architectures = matched(chosen, Architecture.fitting(data.encoder, hidden_size=hidden_size), match)
+    runs: dict[str, list[SeedResult]] = {cell.name: [] for cell in chosen}
     with on_threads(threads):
         for seed in range(seeds):  # the outer loop, so that whatever else the machine does falls on all cells
-            for cell, shape in zip(chosen, shapes, strict=True):
-                model = build(cell, shape, seed=seed)
-                runs[cell.name].append(_run(model, data, recipe, seed, on_epoch and partial(on_epoch, cell.name, seed)))
+            for cell, architecture in zip(chosen, architectures, strict=True):
+                model = build(cell, architecture, seed=seed)
+                runs[cell.name].append(
+                    _trained(model, data, recipe, seed, on_epoch and partial(on_epoch, cell.name, seed))
+                )
     results = tuple(
-        CellResult(cell.name, shape.hidden_size, parameters(cell, shape), tuple(runs[cell.name]))
-        for cell, shape in zip(chosen, shapes, strict=True)
+        CellResult(cell.name, architecture.hidden_size, parameters(cell, architecture), tuple(runs[cell.name]))
+        for cell, architecture in zip(chosen, architectures, strict=True)
     )
-    return Comparison(data, hidden_size, match, recipe, results, tuple(baselines(data)), threads)
+    return Comparison(data, hidden_size, match, recipe, results, tuple(data.task.baselines(data)), threads)
 
 
 def _known(names: Sequence[str]) -> list[Cell]:
@@ -315,37 +320,39 @@ def _find(name: str) -> Cell:
     return cell
 
 
-def sizes(cells: Sequence[Cell], shape: Shape, match: Match) -> list[Shape]:
-    """The shape of each cell's model: `shape` itself, or with the units that make the parameters agree best."""
+def matched(cells: Sequence[Cell], architecture: Architecture, match: Match) -> list[Architecture]:
+    """The architecture of each cell's model: the one given, or with the units that make the parameters agree best."""
     if match == "hidden":
-        return [shape] * len(cells)
+        return [architecture] * len(cells)
     if match != "params":
         raise ThroughtimeError(f"match is {match!r}; it is 'hidden' or 'params'")
-    wanted = max(parameters(cell, shape) for cell in cells)
-    return [_closest(cell, shape, wanted) for cell in cells]
+    wanted = max(parameters(cell, architecture) for cell in cells)
+    return [_closest(cell, architecture, wanted) for cell in cells]
 
 
-def _closest(cell: Cell, shape: Shape, wanted: int) -> Shape:
-    """The shape, from this one's units up, whose parameters come closest to the number wanted."""
+def _closest(cell: Cell, architecture: Architecture, wanted: int) -> Architecture:
+    """The architecture, from this one's units up, whose parameters come closest to the number wanted."""
 
     def count(hidden_size: int) -> int:
-        return parameters(cell, replace(shape, hidden_size=hidden_size))
+        return parameters(cell, replace(architecture, hidden_size=hidden_size))
 
-    high = shape.hidden_size
+    high = architecture.hidden_size
     while count(high) < wanted:
         high *= 2
-    reached = bisect_left(range(high), wanted, lo=shape.hidden_size, key=count)
-    near = (max(reached - 1, shape.hidden_size), reached)
-    return replace(shape, hidden_size=min(near, key=lambda hidden_size: abs(count(hidden_size) - wanted)))
+    reached = bisect_left(range(high), wanted, lo=architecture.hidden_size, key=count)
+    near = (max(reached - 1, architecture.hidden_size), reached)
+    return replace(architecture, hidden_size=min(near, key=lambda hidden_size: abs(count(hidden_size) - wanted)))
 
 
-def parameters(cell: Cell, shape: Shape) -> int:
-    """How many numbers a model of this shape learns, embeddings and read-out included."""
+def parameters(cell: Cell, architecture: Architecture) -> int:
+    """How many numbers such a model learns, embeddings and read-out included."""
     with torch.device("meta"):
-        return sum(parameter.numel() for parameter in SequenceModel(cell, shape).parameters())
+        return sum(parameter.numel() for parameter in architecture.task.model(cell, architecture).parameters())
 
 
-def _run(model: SequenceModel, data: Encoded, recipe: Recipe, seed: int, on_epoch: Callable[[], None] | None) -> Run:
+def _trained(
+    model: SequenceModel, data: Encoded, recipe: Recipe, seed: int, on_epoch: Callable[[], None] | None
+) -> SeedResult:
     before = _reach_norms(model, data.train)
     losses, seconds, updates = [], [], 0
     for epoch in train(model, data.train, recipe, seed=seed):
@@ -354,14 +361,8 @@ def _run(model: SequenceModel, data: Encoded, recipe: Recipe, seed: int, on_epoc
         updates += epoch.updates
         if on_epoch is not None:
             on_epoch()
-    predictions = flat(predict(model, data.test))
-    score = float((predictions == flat(data.test.targets)).double().mean())
-    return Run(tuple(losses), tuple(seconds), updates, score, predictions, before, _reach_norms(model, data.train))
-
-
-def flat(classes: Tensor | Sequence[Tensor]) -> Tensor:
-    """One class a sequence, or the classes of all steps, sequence after sequence: one dimension."""
-    return classes if isinstance(classes, Tensor) else torch.cat(list(classes))
+    tested = evaluate(model, data.test, data.encoder.codec)
+    return SeedResult(tuple(losses), tuple(seconds), updates, tested, before, _reach_norms(model, data.train))
 
 
 def _reach_norms(model: SequenceModel, part: Part) -> NDArray[np.float64]:
@@ -372,12 +373,9 @@ def _reach_norms(model: SequenceModel, part: Part) -> NDArray[np.float64]:
         dtype=torch.float64
     )  # evenly: sequences may be sorted by class
     exact = copy.deepcopy(model).double()  # in float32, the gradient of a long sequence leaves the range too soon
-    ends = batch.lengths - 1, torch.arange(rows)
-    targets = batch.targets if model.shape.task == "classify" else batch.targets[ends]
 
     def summed_loss() -> Tensor:
-        logits = exact(batch)
-        return functional.cross_entropy(logits if logits.dim() == 2 else logits[ends], targets, reduction="sum")
+        return model.task.losses(exact(batch), batch).at(batch.lengths - 1).sum()
 
     norms = gradient_norms(summed_loss)[0]
     beyond = np.full((longest - len(norms), norms.shape[1]), math.nan)

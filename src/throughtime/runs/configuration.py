@@ -13,34 +13,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from throughtime.data.packaged import SHIPPED
+from throughtime.data.sequences import Columns
 from throughtime.errors import ThroughtimeError
-from throughtime.training.loop import Recipe
+from throughtime.tasks.table import DEFAULT, TASKS
+from throughtime.training.recipe import Recipe
 
 CELL_FILE = "cell.json"
 """A run's own cell, beside its config.toml: what `cell` says there unless the cell is a built-in one."""
 
 
-@dataclass(frozen=True)
-class Data:
+@dataclass(frozen=True, kw_only=True)
+class Data(Columns):
     """What to learn from: a file or the name of a data set that ships here, its columns, and how it is split.
 
-    `sha256`, where it is given, is the content that the file must have; `fit` fills it in.
+    `task` is a name of `TASKS`. `sha256`, where it is given, is the content that the file must have; `fit` fills it in.
     """
 
     file: str
-    task: Literal["classify", "tag"] = "classify"
-    sequence_id: str | None = None
-    target: str | None = None
-    time: str | None = None
-    features: tuple[str, ...] = ()
-    symbols: tuple[str, ...] = ()
-    group: str | None = None
-    part: str | None = None
-    text: str | None = None
+    task: str = field(default=DEFAULT, metadata={"choices": tuple(TASKS)})
     test_fraction: float = 0.25
     validation_fraction: float = 0.15
     split_seed: int = 0
     sha256: str | None = None
+
+    @property
+    def columns(self) -> Columns:
+        """How the file is read, and nothing else."""
+        return Columns(**{each.name: getattr(self, each.name) for each in dataclasses.fields(Columns)})
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """How large a share each part gets, as `encode` and `split` take it."""
+        return {"test_fraction": self.test_fraction, "validation_fraction": self.validation_fraction}
 
 
 @dataclass(frozen=True)
@@ -179,8 +184,6 @@ def _parsed(text: str, source: str) -> dict[str, Any]:
 
 def _anchored(record: dict[str, Any], file: Path) -> dict[str, Any]:
     """Paths of files as seen from the TOML file's folder, wherever the command is typed."""
-    from throughtime.data.packaged import SHIPPED
-
     data, network = record.get("data"), record.get("network")
     if isinstance(data, dict) and isinstance(name := data.get("file"), str) and name not in SHIPPED:
         data["file"] = str(file.parent / name)
@@ -204,6 +207,10 @@ def _checked(kind: Any, given: Mapping[str, Any], place: str, without: set[str] 
             near = difflib.get_close_matches(name, [*hints, *without], n=1)
             meant = f"did you mean {near[0]!r}?" if near else f"the options are {', '.join(hints)}"
             raise ThroughtimeError(f"{place}: there is no option {name!r}; {meant}")
+    for name, value in given.items():
+        choices: tuple[str, ...] = kind.__dataclass_fields__[name].metadata.get("choices", ())
+        if choices and value not in choices:
+            raise ThroughtimeError(f"{place}, {name}: {value!r}; give {' or '.join(map(repr, choices))}")
     return {name: _typed(value, hints[name], f"{place}, {name}") for name, value in given.items()}
 
 
@@ -243,7 +250,8 @@ def _described(kind: Any, allowed: tuple[Any, ...]) -> str:
 def _plain(section: Any) -> dict[str, Any]:
     """Fields as TOML has them: None is left out where it is the default, and "none" where it is a choice."""
     written: dict[str, Any] = {}
-    for entry in dataclasses.fields(section):
+    inherited = {entry.name for entry in dataclasses.fields(Columns)}  # what the data are comes before their columns
+    for entry in sorted(dataclasses.fields(section), key=lambda entry: entry.name in inherited):
         value = getattr(section, entry.name)
         if value is None and entry.default is None:
             continue

@@ -11,24 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from throughtime.data.batches import Batch, Part
-from throughtime.data.encoding import Encoder, encode
-from throughtime.data.reading import read
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
-from throughtime.insight.diagnosis import TIMES, Diagnosis, Other, Training, Trial, look, try_remedies
+from throughtime.insight.diagnosis import TIMES, Diagnosis, History, Other, Trial, look, try_remedies
 from throughtime.insight.failure import first_failure
-from throughtime.nn import LastStep
 from throughtime.nn.clipping import suggest_clip
 from throughtime.nn.initialise import chrono_
 from throughtime.report.diagnosis_page import page
 from throughtime.report.page import Page
 from throughtime.report.verdict import ask_for_remedies
-from throughtime.runs.folder import CONFIG, LoadedRun
+from throughtime.runs.folder import CONFIG, FinishedRun
 from throughtime.runs.serve import read_for
-from throughtime.tasks.model import SequenceModel, build, loss_sum
+from throughtime.tasks.encoding import Encoder, encode
+from throughtime.tasks.model import SequenceModel, build
+from throughtime.tasks.table import read
+from throughtime.tasks.task import Task
 
 MOST_STEPS = 10_000
 """Steps of the batch, padding included, unless the number of sequences is asked for."""
@@ -52,7 +51,7 @@ ASKED = (
 class Examined:
     """A run's diagnosis, and in words what it was made on."""
 
-    run: LoadedRun
+    run: FinishedRun
     diagnosis: Diagnosis
     source: str
     command: str
@@ -80,7 +79,7 @@ class Examined:
 
 
 def diagnose(
-    run: LoadedRun,
+    run: FinishedRun,
     data: str | None = None,
     *,
     needs: int | None = None,
@@ -103,9 +102,9 @@ def diagnose(
     part, source = _part(run, data)
     chosen = _evenly(part, rows)
     batch = part.batch(chosen)
-    tag = run.model.shape.task == "tag"
-    loss = _losses_by_step(batch) if tag else _losses_by_row(batch)
-    if needs is None and not tag:
+    task = run.model.task
+    loss = losses_of(task, batch)
+    if needs is None and not task.by_step:
         needs = max(1, int(batch.lengths.median()) - 1)
     on_part("numbers that are not finite")
     if (failure := first_failure(run.model, batch, loss)) is not None:
@@ -113,7 +112,7 @@ def diagnose(
             f"{source}: what the network computes is not finite: {failure}; give data like that of its training"
             " (--data), or train it again with smaller steps"
         )
-    untrained = build(run.model.recurrent.cell, run.model.shape, seed=run.configuration.seed).eval()
+    untrained = build(run.model.recurrent.cell, run.model.architecture, seed=run.configuration.seed).eval()
     before = look(
         untrained,
         batch,
@@ -127,7 +126,7 @@ def diagnose(
         batch,
         loss,
         needs=needs,
-        asked=_asked(run.model, batch),
+        asked=asked_at_every_step(run.model, batch),
         on_part=lambda name: on_part(f"after training: {name}"),
     )
     trials: list[Trial] = []
@@ -138,7 +137,7 @@ def diagnose(
             loss,
             needs=needs,
             others=_gated(run, needs),
-            times=TIMES if tag else 1,
+            times=TIMES if task.by_step else 1,
             on_part=lambda name: on_part(f"trying {name}"),
         )
     on_part("norms of gradients")
@@ -148,31 +147,26 @@ def diagnose(
         before=before,
         after=after,
         trials=trials,
-        training=_training(run),
+        history=_history(run),
         norms=norms,
         clip=_suggested(norms),
-        by_step=tag,
-        asked="" if tag else ASKED,
+        by_step=task.by_step,
+        asked="" if task.by_step else ASKED,
         again=_again(run),
     )
     picked = f"{len(chosen)} of {len(part):,} sequences, evenly chosen, of {source}"
     return Examined(run, diagnosis, picked, command)
 
 
-def _part(run: LoadedRun, data: str | None) -> tuple[Part, str]:
+def _part(run: FinishedRun, data: str | None) -> tuple[Part, str]:
     """The sequences to look at, and in words where they are from."""
     if data is not None:
         sequences = read_for(run, data, labelled=True)
         return run.encoder.part(sequences), sequences.source
     asked = run.configuration.data
-    columns = ("task", "sequence_id", "target", "time", "features", "symbols", "group", "part", "text")
-    sequences = read(asked.file, **{name: getattr(asked, name) for name in columns})
-    encoded = encode(
-        sequences,
-        test_fraction=asked.test_fraction,
-        validation_fraction=asked.validation_fraction,
-        seed=asked.split_seed,
-    )
+    task = run.encoder.task
+    sequences = read(asked.file, asked.columns, task=task)
+    encoded = encode(task, sequences, **asked.shares, seed=asked.split_seed)
     _check_same(run.encoder, encoded.encoder, sequences.source)
     return encoded.train, f"the training part of {sequences.source}"
 
@@ -196,39 +190,36 @@ def _evenly(part: Part, rows: int | None) -> list[int]:
 # Losses
 
 
-def _losses_by_row(batch: Batch) -> Callable[[Tensor], Tensor]:
-    return lambda logits: functional.cross_entropy(logits, batch.targets, reduction="none")
+def losses_of(task: Task, batch: Batch) -> Callable[[Tensor], Tensor]:
+    """The loss of an output, as `insight` takes it: [T, B] for one that answers at every step, else [B]."""
+
+    def loss(output: Tensor) -> Tensor:
+        found = task.losses(output, batch)
+        rows = len(batch)
+        return found.by_step(len(batch.x), rows) if output.dim() == 3 else found.by_row(rows)
+
+    return loss
 
 
-def _losses_by_step(batch: Batch) -> Callable[[Tensor], Tensor]:
-    """Losses [T, B]; those past an end are not used."""
-    targets = batch.targets if batch.targets.dim() == 2 else batch.targets.expand(len(batch.x), -1)
-    return lambda logits: functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
-        targets.shape
-    )
-
-
-def _asked(model: SequenceModel, batch: Batch) -> tuple[nn.Module, Callable[[Any], Tensor]] | None:
+def asked_at_every_step(model: SequenceModel, batch: Batch) -> tuple[nn.Module, Callable[[Any], Tensor]] | None:
     """The network asked at every step; None where it is so anyway, or reads both ways and answers from two ends."""
-    if not isinstance(model.readout, LastStep) or model.shape.bidirectional:
+    if model.by_step or model.architecture.bidirectional:
         return None
-    shape = dataclasses.replace(model.shape, task="tag")
-    asked = build(model.recurrent.cell, shape, seed=0)
-    asked.load_state_dict(model.state_dict())
-    return asked.eval(), _losses_by_step(batch)
+    return model.asked_at_every_step().eval(), losses_of(model.task, batch)
 
 
 # What else there is to know
 
 
-def _again(run: LoadedRun) -> str:
+def _again(run: FinishedRun) -> str:
     """The command that makes the run once more."""
     return f"throughtime fit --config {shlex.quote(str(run.path / CONFIG))}"
 
 
-def _gated(run: LoadedRun, needs: int | None) -> list[Other]:
+def _gated(run: FinishedRun, needs: int | None) -> list[Other]:
     """Gated cells in the place of the run's own, drawn with its seed; and again with memories of the length needed."""
-    cell, shape = run.model.recurrent.cell, dataclasses.replace(run.model.shape, proj_size=0)
+    cell = run.model.recurrent.cell
+    architecture = dataclasses.replace(run.model.architecture, proj_size=0)
     seed = run.configuration.seed
     found = []
     for name in GATED:
@@ -236,35 +227,38 @@ def _gated(run: LoadedRun, needs: int | None) -> list[Other]:
         if other.hash == cell.hash:
             continue
         call = f"{_again(run)} --cell {name}"
-        found.append(Other(f"A gated cell: {other.name}", other.name, call, build(other, shape, seed=seed).eval()))
+        found.append(
+            Other(f"A gated cell: {other.name}", other.name, call, build(other, architecture, seed=seed).eval())
+        )
         if needs is not None and needs > 1:
-            model = build(other, shape, seed=seed).eval()
+            model = build(other, architecture, seed=seed).eval()
             chrono_(model.recurrent, needs + 1, generator=torch.Generator().manual_seed(seed))
             title = f"A gated cell with long memories: {other.name}, chrono initialisation"
             found.append(Other(title, f"{other.name}, chrono", _chrono_call(other.name, run, needs + 1), model))
     return found
 
 
-def _chrono_call(cell: str, run: LoadedRun, longest: int) -> str:
-    shape = run.model.shape
-    sizes = f"{shape.input_size}, {shape.hidden_size}"
-    sizes += f", num_layers={shape.num_layers}" if shape.num_layers > 1 else ""
-    sizes += ", bidirectional=True" if shape.bidirectional else ""
+def _chrono_call(cell: str, run: FinishedRun, longest: int) -> str:
+    sizes_of = run.model.architecture
+    sizes = f"{sizes_of.input_size}, {sizes_of.hidden_size}"
+    sizes += f", num_layers={sizes_of.num_layers}" if sizes_of.num_layers > 1 else ""
+    sizes += ", bidirectional=True" if sizes_of.bidirectional else ""
     return (
         f"import throughtime as tt\nfrom throughtime.nn.initialise import chrono_\n"
         f"layer = chrono_(tt.nn.Recurrent(tt.{cell}, {sizes}), longest={longest})"
     )
 
 
-def _norms(model: SequenceModel, part: Part, run: LoadedRun) -> list[float]:
+def _norms(model: SequenceModel, part: Part, run: FinishedRun) -> list[float]:
     """The norm of all gradients together, for some mini-batches of the size that training had."""
     size = run.recipe.batch_size
     order = torch.randperm(len(part), generator=torch.Generator().manual_seed(run.configuration.seed)).tolist()
     parameters = list(model.parameters())
     found = []
     for first in range(0, min(len(order), NORMS * size), size):
-        total, count = loss_sum(model, part.batch(order[first : first + size]))
-        gradients = torch.autograd.grad(total / count, parameters, materialize_grads=True)
+        batch = part.batch(order[first : first + size])
+        losses = model.task.losses(model(batch), batch)
+        gradients = torch.autograd.grad(losses.total() / len(losses), parameters, materialize_grads=True)
         found.append(float(torch.stack([gradient.double().norm() for gradient in gradients]).norm()))
     return found
 
@@ -275,12 +269,12 @@ def _suggested(norms: list[float]) -> float | None:
     return suggest_clip(finite) if any(finite) else None
 
 
-def _training(run: LoadedRun) -> Training:
+def _history(run: FinishedRun) -> History:
     def column(name: str) -> Any:
         values = (epoch.get(name) for epoch in run.epochs)
         return np.array([math.nan if value is None else float(value) for value in values])
 
-    return Training(
+    return History(
         losses=column("loss"),
         norms=column("norm"),
         thresholds=column("threshold"),

@@ -11,18 +11,15 @@ from importlib.metadata import version
 import numpy as np
 import torch
 
-from throughtime.data.encoding import Encoded
 from throughtime.insight.reach import Reach
 from throughtime.report import drawing
 from throughtime.report.page import Chapter, Page, Picture, Table
 from throughtime.runs.compare import CellResult, Comparison, Interval
-from throughtime.training.loop import Recipe
-
-ALMOST = 0.01
-"""How far apart scores may lie to be called almost the same: one point of a hundred, fixed before any data is seen."""
+from throughtime.tasks.encoding import Encoded
+from throughtime.training.recipe import Recipe
 
 
-class Verdict(Enum):
+class Told(Enum):
     """What the numbers answer."""
 
     YES = "yes"
@@ -49,7 +46,7 @@ def page(comparison: Comparison, command: str) -> Page:
 def headline(comparison: Comparison) -> str:
     """Who learns it best, in one line."""
     level, best, name = comparison.level, comparison.best, comparison.data.name
-    right = f"{_percent(best.score.estimate)} right"
+    right = _reached(comparison, best.score.estimate)
     if not comparison.learnt:
         return f"No cell learns {name} better than a constant answer: {best.name} comes to {right}"
     if len(comparison.cells) == 1:
@@ -62,8 +59,8 @@ def headline(comparison: Comparison) -> str:
     epochs = {cell: cell.epochs_to(comparison.slowest.loss) for cell in level}
     quickest = [cell.name for cell in level if epochs[cell] == min(epochs.values())]
     first = "" if len(quickest) == len(level) else f"; {_listing(quickest)} in the fewest epochs"
-    names, scores = _listing([cell.name for cell in level]), f"{_percent(worst)} to {right}{first}"
-    if all(Interval.between(best.scores, cell.scores).high <= ALMOST for cell in level):
+    names, scores = _listing([cell.name for cell in level]), f"{comparison.data.task.shown(worst)} to {right}{first}"
+    if all(Interval.between(best.scores, cell.scores).high <= comparison.data.task.almost for cell in level):
         return f"{names} learn {name} almost equally well: {scores}"
     return f"{names} cannot be told apart on {name} over {comparison.seeds} seeds: {scores}"
 
@@ -78,23 +75,25 @@ def findings(comparison: Comparison) -> list[str]:
 
 def table(comparison: Comparison) -> Table:
     """One row for each cell, and one for each baseline."""
+    task = comparison.data.task
     rows = [
         (
             cell.name,
             str(cell.hidden_size),
             f"{cell.parameters:,}",
             _seconds(cell.seconds_per_epoch),
-            _score(cell.score),
+            task.shown(cell.score.estimate, cell.score.half),
             _half_life(cell.reach_after),
         )
         for cell in comparison.cells
     ]
-    simple = [(base.name, "–", "–", "–", f"{100 * base.score:.1f}%", "–") for base in comparison.baselines]
+    simple = [(base.name, "–", "–", "–", task.shown(base.score), "–") for base in comparison.baselines]
     return Table(
-        header=("cell", "units", "parameters", "seconds per epoch", "test accuracy", "gradient's half-life"),
+        header=("cell", "units", "parameters", "seconds per epoch", f"test {task.metric}", "gradient's half-life"),
         rows=(*rows, *simple),
-        note="Seconds per epoch: the median, first epochs left out. Test accuracy: share of test"
-        f" {_counted(comparison)} right, mean and 95% interval over n = {comparison.seeds} seeds (Student's t)."
+        note="Seconds per epoch: the median, first epochs left out."
+        f" Test {task.metric}: share of test {_counted(comparison)} {task.measure}, mean and 95% interval over"
+        f" n = {comparison.seeds} seeds (Student's t)."
         " Half-life: steps in which the trained network's gradient halves, going back.",
         baselines=len(simple),
     )
@@ -115,43 +114,43 @@ def claim(comparison: Comparison) -> str:
         "almost the same quality": _almost(comparison, gru, lstm),
     }
     verdicts = {verdict for verdict, _ in answers.values()}
-    whole = "fails" if Verdict.NO in verdicts else "stays open" if Verdict.OPEN in verdicts else "holds"
-    limited = " as far as asked" if Verdict.NOT_ASKED in verdicts else ""
+    whole = "fails" if Told.NO in verdicts else "stays open" if Told.OPEN in verdicts else "holds"
+    limited = " as far as asked" if Told.NOT_ASKED in verdicts else ""
     parts = [f"{part}, {verdict.value} ({numbers})" for part, (verdict, numbers) in answers.items()]
     return f"{what} {whole}{limited}: {'; '.join(parts)}."
 
 
-def _fewer(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
+def _fewer(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Told, str]:
     counts = f"{gru.parameters:,} against {lstm.parameters:,}"
     if comparison.match == "params":
-        return Verdict.NOT_ASKED, f"{counts}, made alike by {gru.hidden_size} units against {lstm.hidden_size}"
-    return Verdict.YES if gru.parameters < lstm.parameters else Verdict.NO, counts
+        return Told.NOT_ASKED, f"{counts}, made alike by {gru.hidden_size} units against {lstm.hidden_size}"
+    return Told.YES if gru.parameters < lstm.parameters else Told.NO, counts
 
 
-def _faster(gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
+def _faster(gru: CellResult, lstm: CellResult) -> tuple[Told, str]:
     """By the logarithm of the seconds per epoch, so that twice as long and half as long weigh the same."""
     if math.isnan(gru.seconds_per_epoch):
-        return Verdict.OPEN, "a run's first epoch is not timed, and there was no other"
+        return Told.OPEN, "a run's first epoch is not timed, and there was no other"
     times = [[math.log(run.seconds_per_epoch) for run in cell.runs] for cell in (gru, lstm)]
     lead = Interval.between(*times)
     seconds = f"{_seconds(gru.seconds_per_epoch)} s an epoch against {_seconds(lstm.seconds_per_epoch)} s"
     if math.isnan(lead.half):
-        return Verdict.OPEN, f"{seconds}, over one seed"
+        return Told.OPEN, f"{seconds}, over one seed"
     ratio, low, high = (math.exp(value) for value in (lead.estimate, lead.low, lead.high))
-    verdict = Verdict.OPEN if not lead.excludes(0) else Verdict.YES if ratio < 1 else Verdict.NO
+    verdict = Told.OPEN if not lead.excludes(0) else Told.YES if ratio < 1 else Told.NO
     return verdict, f"{seconds}, {ratio:.2f} times as long, 95% interval {low:.2f} to {high:.2f}"
 
 
-def _almost(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Verdict, str]:
-    lead = Interval.between(gru.scores, lstm.scores)
-    scores = f"{_percent(gru.score.estimate)} right against {_percent(lstm.score.estimate)}"
+def _almost(comparison: Comparison, gru: CellResult, lstm: CellResult) -> tuple[Told, str]:
+    lead, almost = Interval.between(gru.scores, lstm.scores), comparison.data.task.almost
+    scores = f"{_reached(comparison, gru.score.estimate)} against {comparison.data.task.shown(lstm.score.estimate)}"
     if math.isnan(lead.half):
-        return Verdict.OPEN, f"{scores}, over one seed"
+        return Told.OPEN, f"{scores}, over one seed"
     points = f"{100 * lead.estimate:+.1f} points, 95% interval {100 * lead.low:+.1f} to {100 * lead.high:+.1f}"
-    said = f"{scores}, {points} over n = {lead.n} seeds each; up to {100 * ALMOST:g} point below counts as almost"
+    said = f"{scores}, {points} over n = {lead.n} seeds each; up to {100 * almost:g} point below counts as almost"
     if not comparison.learnt:
-        return Verdict.OPEN, f"{said}, but no cell beats a constant answer here"
-    return Verdict.YES if lead.low >= -ALMOST else Verdict.NO if lead.high < -ALMOST else Verdict.OPEN, said
+        return Told.OPEN, f"{said}, but no cell beats a constant answer here"
+    return Told.YES if lead.low >= -almost else Told.NO if lead.high < -almost else Told.OPEN, said
 
 
 def pictures(comparison: Comparison) -> list[Picture]:
@@ -177,7 +176,7 @@ def pictures(comparison: Comparison) -> list[Picture]:
             "How fast it is learnt",
             drawing.curves(
                 {cell.name: np.array([run.losses for run in cell.runs]) for cell in cells},
-                f"training loss per {_counted(comparison)[:-1]}",
+                f"training loss per {comparison.data.task.words.each}",
                 log=True,
             ),
             "Cross entropy in nats, averaged over each epoch. Faint: every seed; bold: their mean.",
@@ -191,15 +190,15 @@ def pictures(comparison: Comparison) -> list[Picture]:
                 called=comparison.baseline.name,
                 counted=_counted(comparison),
             ),
-            "Test accuracy after the last epoch: every seed a mark, their mean a bar. One of the"
+            f"Test {comparison.data.task.metric} after the last epoch: every seed a mark, their mean a bar. One of the"
             f" {comparison.counted:,} test {_counted(comparison)} is {_percent(1 / comparison.counted)}.",
-            "Test accuracy by cell: " + _each(comparison, lambda cell: _percent(cell.score.estimate)),
+            f"Test {comparison.data.task.metric} by cell: "
+            + _each(comparison, lambda cell: comparison.data.task.shown(cell.score.estimate)),
         ),
-        Picture(
+        *best.tested.pictures(
             f"What {best.name} takes for what",
-            drawing.confusion(comparison.confusion(best), comparison.data.vocabulary),
             f"Test {_counted(comparison)} in per cent of their true class (row), over all seeds.",
-            f"Confusion matrix of {best.name}, which gets {_percent(best.score.estimate)} right",
+            f"Confusion matrix of {best.name}, which gets {_reached(comparison, best.score.estimate)}",
         ),
     ]
 
@@ -213,8 +212,9 @@ def facts(comparison: Comparison, command: str) -> dict[str, str]:
     return {
         "command": command,
         "data": f"{data.source}: {len(data.train)} training and {len(data.test)} test sequences of {steps} steps,"
-        f" {_inputs(data)}, {len(data.vocabulary)} classes",
-        "split": data.split + "; features scaled by the mean and deviation of the training part" * bool(data.features),
+        f" {_inputs(data)}, {data.encoder.codec.summary}",
+        "split": data.split
+        + "; features scaled by the mean and deviation of the training part" * bool(data.encoder.features),
         "networks": _networks(comparison),
         "training": f"{_recipe(recipe)}; the same for every cell: {comparison.updates:,} updates",
         "seeds": f"0 to {comparison.seeds - 1}, for weights and order; the same test part throughout, used for"
@@ -225,7 +225,7 @@ def facts(comparison: Comparison, command: str) -> dict[str, str]:
 
 
 def _inputs(data: Encoded) -> str:
-    numbers = [f"{len(data.features)} features"] if data.features else []
+    numbers = [f"{len(data.encoder.features)} features"] if data.encoder.features else []
     symbols = [
         f"{len(vocabulary)} symbols in {column!r}"
         for column, vocabulary in zip(data.encoder.symbol_columns, data.encoder.vocabularies, strict=True)
@@ -250,7 +250,7 @@ def _recipe(recipe: Recipe) -> str:
 
 
 def _networks(comparison: Comparison) -> str:
-    read_out = "at the last step" if comparison.data.task == "classify" else "at every step"
+    read_out = comparison.data.task.words.read_out
     if comparison.match == "hidden":
         return f"one layer of {comparison.hidden_size} units, read out {read_out}"
     units = _listing([f"{cell.hidden_size} ({cell.name}, {cell.parameters:,})" for cell in comparison.cells])
@@ -265,7 +265,7 @@ def _reach(comparison: Comparison) -> str:
     else:
         paces = _each(comparison, lambda cell: cell.reach_after.pace)
     shares = _each(comparison, lambda cell: _percent(_left(cell, median)))
-    verb = "needs" if comparison.data.task == "classify" else "spans"
+    verb = comparison.data.task.words.spans
     needs = f"{verb} {median} steps and the longest {longest}" if longest > median else f"{verb} {median} steps"
     return (
         f"On its way back from the last step, the gradient of the trained network {paces}. The median sequence {needs}:"
@@ -292,8 +292,9 @@ def _pace(comparison: Comparison) -> str:
 
 
 def _baselines(comparison: Comparison) -> str:
-    simple = _listing([f"{base.name} gets {_percent(base.score)}" for base in comparison.baselines])
-    without = f"Without any recurrence, {simple} right."
+    task = comparison.data.task
+    simple = _listing([f"{base.name} gets {task.shown(base.score)}" for base in comparison.baselines])
+    without = f"Without any recurrence, {simple} {task.measure}."
     if comparison.learnt and not comparison.beats(comparison.baseline):
         without += (
             f" On {comparison.counted:,} test {_counted(comparison)} no cell is clearly better than the best of these,"
@@ -335,9 +336,9 @@ def _half_life(reach: Reach) -> str:
     return f"{reach.half_life:.1f} steps" if reach.half_life > 0 else "grows"
 
 
-def _score(score: Interval) -> str:
-    within = "" if math.isnan(score.half) else f" ± {100 * score.half:.1f}"
-    return f"{100 * score.estimate:.1f}{within}%"
+def _reached(comparison: Comparison, score: float) -> str:
+    """ "93.8% right"."""
+    return f"{comparison.data.task.shown(score)} {comparison.data.task.measure}"
 
 
 def _seconds(seconds: float) -> str:
@@ -345,7 +346,7 @@ def _seconds(seconds: float) -> str:
 
 
 def _counted(comparison: Comparison) -> str:
-    return "sequences" if comparison.data.task == "classify" else "steps"
+    return comparison.data.task.words.unit
 
 
 def _percent(share: float) -> str:

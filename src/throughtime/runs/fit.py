@@ -18,10 +18,7 @@ from typing import Any
 import torch
 
 from throughtime.data import packaged
-from throughtime.data.encoding import Encoded, encode
 from throughtime.data.packaged import SHIPPED
-from throughtime.data.reading import read
-from throughtime.data.sequences import Sequences
 from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
 from throughtime.equations.lookup import find
@@ -29,10 +26,14 @@ from throughtime.errors import CellError, DataError, ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.runs import card, folder
 from throughtime.runs.configuration import CELL_FILE, Config
-from throughtime.runs.folder import LoadedRun, Run
-from throughtime.tasks.baselines import baselines
+from throughtime.runs.folder import FinishedRun, UnfinishedRun
+from throughtime.tasks.encoding import Encoded, encode
 from throughtime.tasks.model import SequenceModel, build
-from throughtime.training.loop import HOW, Epoch, Progress, Snapshot, evaluate, on_threads, train
+from throughtime.tasks.table import TASKS, read
+from throughtime.tasks.task import Score
+from throughtime.training.evaluation import evaluate
+from throughtime.training.loop import Epoch, Progress, Snapshot, on_threads, train
+from throughtime.training.recipe import HOW
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ Event = Progress | Epoch | Notice
 """What `fit` tells while it works."""
 
 
-def fit(config: Config, *, resume: bool = False, on_event: Callable[[Event], None] | None = None) -> LoadedRun:
+def fit(config: Config, *, resume: bool = False, on_event: Callable[[Event], None] | None = None) -> FinishedRun:
     """Train what `config` describes and make the folder `config.run` of it; returns that run, read back and verified.
 
     Nothing is chosen by looking at the test part. `on_event` is called with a `Progress` after every update, an `Epoch`
@@ -87,18 +88,19 @@ def cell_of(name: str) -> Cell:
         raise CellError(f"{name}: {error}; save the cell again with Cell.to_json") from error
 
 
-def _opened(path: Path, resume: bool, say: Callable[[Event], None]) -> Run:
+def _opened(path: Path, resume: bool, say: Callable[[Event], None]) -> UnfinishedRun:
     if not resume:
-        return Run.create(path)
+        return UnfinishedRun.create(path)
     if folder.partial_of(path).is_dir():
-        return Run.resume(path)
+        return UnfinishedRun.resume(path)
     say(Notice(f"{folder.partial_of(path)} does not exist, so there is nothing to go on with: the run begins anew"))
-    return Run.create(path)
+    return UnfinishedRun.create(path)
 
 
-def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) -> None:
+def _make(run: UnfinishedRun, config: Config, cell: Cell, say: Callable[[Event], None]) -> None:
     """All that lies between an empty folder, or one that was broken off, and a finished one."""
-    sequences = _read(config)
+    task = TASKS[config.data.task]
+    sequences = read(config.data.file, config.data.columns, task=task)
     config = _with_sum(_settled(config))
     if (run.partial / folder.CONFIG).exists():
         _check_same(config, cell, run.partial)
@@ -106,23 +108,19 @@ def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) ->
         run.write(CELL_FILE, cell.to_json().encode())
         run.write(folder.CONFIG, config.to_toml().encode())
     data = config.data
-    encoded = encode(
-        sequences,
-        test_fraction=data.test_fraction,
-        validation_fraction=data.validation_fraction,
-        seed=data.split_seed,
-    )
+    encoded = encode(task, sequences, **data.shares, seed=data.split_seed)
     for notice in encoded.notices:
         say(Notice(notice))
-    model = build(cell, folder.shape_of(config, encoded.encoder), seed=config.seed)
+    model = build(cell, folder.architecture_of(config, encoded.encoder), seed=config.seed)
     _train(run, config, encoded, model, say)
-    result = _result(config, encoded, model, run.lines())
+    score = evaluate(model, encoded.test, encoded.encoder.codec)
+    result = _result(config, encoded, model, run.lines(), score)
     if not math.isfinite(result["loss"]):
         say(
             Notice("the loss on the test part is not finite: a sequence there drives the states out of float32's range")
         )
     run.record(result)
-    story = card.Story(config, encoded, cell, model, run.lines(), run.path.name)
+    story = card.Story(config, encoded, cell, score, run.lines(), run.path.name)
     run.finish(
         {
             folder.WEIGHTS: folder.weights_of(model),
@@ -131,22 +129,6 @@ def _make(run: Run, config: Config, cell: Cell, say: Callable[[Event], None]) ->
             folder.CARD: card.readme(story).encode(),
             folder.REPORT: card.report(story).encode(),
         }
-    )
-
-
-def _read(config: Config) -> Sequences:
-    data = config.data
-    return read(
-        data.file,
-        task=data.task,
-        sequence_id=data.sequence_id,
-        target=data.target,
-        time=data.time,
-        features=data.features,
-        symbols=data.symbols,
-        group=data.group,
-        part=data.part,
-        text=data.text,
     )
 
 
@@ -197,7 +179,9 @@ def _check_same(config: Config, cell: Cell, place: Path) -> None:
         )
 
 
-def _train(run: Run, config: Config, encoded: Encoded, model: SequenceModel, say: Callable[[Event], None]) -> None:
+def _train(
+    run: UnfinishedRun, config: Config, encoded: Encoded, model: SequenceModel, say: Callable[[Event], None]
+) -> None:
     """Train from the last checkpoint on, if there is one."""
     start = run.last_checkpoint()
     if start is not None:
@@ -208,10 +192,11 @@ def _train(run: Run, config: Config, encoded: Encoded, model: SequenceModel, say
         config.training,
         seed=config.seed,
         validation=encoded.validation,
+        codec=encoded.encoder.codec,
         checkpoint=_Checkpoints(run, config.checkpoint_seconds),
         resume_from=start,
         on_update=say,
-        watch=Watch(model, per_step=encoded.task == "tag"),
+        watch=Watch(model, per_step=encoded.task.by_step),
     ):
         run.record({"kind": "epoch", **dataclasses.asdict(epoch)})
         for warning in (warning for seen in epoch.watched for warning in seen["warnings"]):
@@ -222,7 +207,7 @@ def _train(run: Run, config: Config, encoded: Encoded, model: SequenceModel, say
 class _Checkpoints:
     """Writes a checkpoint whenever one is offered and the last is old enough."""
 
-    def __init__(self, run: Run, seconds: float) -> None:
+    def __init__(self, run: UnfinishedRun, seconds: float) -> None:
         self.run, self.seconds, self.last = run, seconds, time.monotonic()
 
     def __call__(self, snapshot: Callable[[], Snapshot]) -> None:
@@ -232,15 +217,16 @@ class _Checkpoints:
 
 
 def _result(
-    config: Config, encoded: Encoded, model: SequenceModel, epochs: tuple[dict[str, Any], ...]
+    config: Config, encoded: Encoded, model: SequenceModel, epochs: tuple[dict[str, Any], ...], score: Score
 ) -> dict[str, Any]:
     """The last line of the metrics: what the test part says, beside what needs no network."""
-    found = evaluate(model, encoded.test)
     best = [line["number"] for line in epochs if line["best"]]
     return {
         "kind": "test",
-        **dataclasses.asdict(found),
-        "baselines": [{"name": baseline.name, "score": baseline.score} for baseline in baselines(encoded)],
+        "loss": score.loss,
+        "score": score.headline,
+        "count": score.count,
+        "baselines": [dataclasses.asdict(baseline) for baseline in encoded.task.baselines(encoded)],
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "epochs": len(epochs),
         "weights_of_epoch": best[-1] if best else len(epochs),

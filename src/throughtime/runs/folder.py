@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from throughtime.data.encoding import Encoder
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, DataError, ThroughtimeError
 from throughtime.runs.configuration import CELL_FILE, Config
-from throughtime.tasks.model import SequenceModel, Shape
-from throughtime.training.loop import Recipe, Snapshot
+from throughtime.tasks.encoding import Encoder
+from throughtime.tasks.model import Architecture, SequenceModel
+from throughtime.training.loop import Snapshot
+from throughtime.training.recipe import Recipe
 
 FORMAT = "throughtime-run-1"
 WEIGHTS, ENCODER, CONFIG, METRICS = "weights.safetensors", "encoder.json", "config.toml", "metrics.jsonl"
@@ -35,7 +36,7 @@ MANIFEST, CHECKPOINT, LOCK = "manifest.json", "checkpoint.safetensors", "lock"
 
 
 @dataclass(frozen=True, eq=False)
-class LoadedRun:
+class FinishedRun:
     """A finished run, read and verified: the trained model, ready to use, and all that it came from."""
 
     path: Path
@@ -60,7 +61,7 @@ class LoadedRun:
         return next(line for line in reversed(self.metrics) if line.get("kind") == "test")
 
 
-class Run:
+class UnfinishedRun:
     """A run that is being made: the folder `RUN.partial/`, this process's own, until `finish` names it `RUN`.
 
     `create` begins one and `resume` goes on with one that was broken off; both refuse, before anything is read or
@@ -73,7 +74,7 @@ class Run:
         self._made = made  # the folders above, the innermost first, that were not there before
 
     @classmethod
-    def create(cls, path: Path) -> Run:
+    def create(cls, path: Path) -> UnfinishedRun:
         """Begin a new run, in folders that are made if need be.
 
         Raises ThroughtimeError where the name is taken or the folder cannot be written.
@@ -102,7 +103,7 @@ class Run:
         return run
 
     @classmethod
-    def resume(cls, path: Path) -> Run:
+    def resume(cls, path: Path) -> UnfinishedRun:
         """Take up the run that was broken off, a little before where it stopped: see `last_checkpoint`."""
         _refuse_taken(path)
         partial = partial_of(path)
@@ -114,7 +115,7 @@ class Run:
         run._append_metrics(b"")
         return run
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> UnfinishedRun:
         return self
 
     def __exit__(
@@ -256,7 +257,7 @@ def configuration_of(path: Path, options: Mapping[str, Any] | None = None) -> Co
     return Config.resolve({**(options or {}), "run": path}, file)
 
 
-def load(path: Path) -> LoadedRun:
+def load(path: Path) -> FinishedRun:
     """Read a finished run: every file against the manifest's sum, then every value against what a run may hold.
 
     Nothing in the folder is executed, imported or unpickled. Raises DataError naming the file that is missing,
@@ -269,18 +270,18 @@ def load(path: Path) -> LoadedRun:
     except CellError as error:
         raise _unfit(path / CELL_FILE, str(error)) from error
     encoder = Encoder.from_json(_json(contents[ENCODER], path / ENCODER), str(path / ENCODER))
-    model = _model(cell, shape_of(config, encoder), contents[WEIGHTS], path / WEIGHTS)
+    model = _model(cell, architecture_of(config, encoder), contents[WEIGHTS], path / WEIGHTS)
     lines = _text(contents[METRICS], path / METRICS).splitlines()
     metrics = tuple(_json(line.encode(), path / METRICS) for line in lines)
     if not any(line.get("kind") == "test" for line in metrics):
         raise _unfit(path / METRICS, "has no result of the test part")
-    return LoadedRun(path, model, encoder, config, metrics)
+    return FinishedRun(path, model, encoder, config, metrics)
 
 
-def shape_of(config: Config, encoder: Encoder) -> Shape:
+def architecture_of(config: Config, encoder: Encoder) -> Architecture:
     """The sizes of the model, from the configuration and from what the training part held."""
     sizes = {name: size for name, size in vars(config.network).items() if name != "cell"}
-    return Shape.fitting(encoder, **sizes)
+    return Architecture.fitting(encoder, **sizes)
 
 
 def weights_of(model: SequenceModel) -> bytes:
@@ -290,17 +291,17 @@ def weights_of(model: SequenceModel) -> bytes:
     return save({name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()})
 
 
-def _model(cell: Cell, shape: Shape, content: bytes, file: Path) -> SequenceModel:
+def _model(cell: Cell, architecture: Architecture, content: bytes, file: Path) -> SequenceModel:
     """The model with its weights; sizes that do not belong to the weights cost no memory before they are refused."""
     try:
         weights = _tensors(content)
-        if shape.num_layers > len(weights):
-            raise ValueError(f"{len(weights)} tensors are too few for {shape.num_layers} layers")
+        if architecture.num_layers > len(weights):
+            raise ValueError(f"{len(weights)} tensors are too few for {architecture.num_layers} layers")
         wrong = next((name for name, tensor in weights.items() if tensor.dtype != torch.float32), None)
         if wrong is not None:
             raise ValueError(f"{wrong} is {weights[wrong].dtype}, not torch.float32")
         with torch.device("meta"):
-            model = SequenceModel(cell, shape)
+            model = architecture.task.model(cell, architecture)
         model.load_state_dict(weights, assign=True)
     except (ValueError, RuntimeError, OverflowError) as error:
         raise _unfit(file, f"not the weights of this cell and configuration ({_one_line(error)})") from error

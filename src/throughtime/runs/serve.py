@@ -6,7 +6,6 @@ import csv
 import errno
 import io
 import json
-import math
 import os
 import sys
 import tempfile
@@ -15,24 +14,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from throughtime.data import splitting
-from throughtime.data.encoding import Encoder
-from throughtime.data.files import kind as kind_of
+from throughtime.data.formats import format_of
+from throughtime.data.formats.format import Format
 from throughtime.data.packaged import SHIPPED
-from throughtime.data.reading import FORMATS as READ_AS
-from throughtime.data.reading import read
-from throughtime.data.sequences import Sequences
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.runs.configuration import Data
 from throughtime.runs.fit import sum_of
-from throughtime.runs.folder import LoadedRun
-from throughtime.tasks.model import probabilities
-from throughtime.training.loop import evaluate as measure
+from throughtime.runs.folder import FinishedRun
+from throughtime.tasks.encoding import Encoder
+from throughtime.tasks.model import outputs, run_through
+from throughtime.tasks.table import read
+from throughtime.tasks.task import Answer, Score, Task
 
 if TYPE_CHECKING:
-    from numpy.typing import NDArray
+    pass
 
 STDIN = "-"
 """What stands for standard input in place of a file's name."""
@@ -40,135 +36,74 @@ STDIN = "-"
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """What a model says of sequences: `probabilities` are [classes] each, or [length, classes] to tag.
+    """What a model says of sequences, an answer for each; `notices` are what a reader of them should know."""
 
-    `notices` are things that a reader of the answers should know.
-    """
-
-    task: str
     ids: tuple[str, ...]
-    classes: tuple[str, ...]
-    probabilities: tuple[NDArray[np.float32], ...]
+    answers: tuple[Answer, ...]
     notices: tuple[str, ...] = ()
 
-    def labels(self, index: int) -> list[str]:
-        """The most likely label of one sequence, or of each of its steps."""
-        return [self.classes[i] for i in np.atleast_2d(self.probabilities[index]).argmax(axis=1)]
-
     def rows(self) -> Iterator[dict[str, Any]]:
-        """As a table: a row a sequence, or a row a step, with a column for the probability of each class."""
-        for index, name in enumerate(self.ids):
-            labels, shares = self.labels(index), np.atleast_2d(self.probabilities[index])
-            for step, (label, row) in enumerate(zip(labels, shares.tolist(), strict=True), start=1):
-                place = {"step": step} if self.task == "tag" else {}
-                by_class = {f"p({each})": share for each, share in zip(self.classes, row, strict=True)}
-                yield {"id": name, **place, "label": label, **by_class}
+        """As a table: a row a sequence, or a row a step."""
+        for name, answer in zip(self.ids, self.answers, strict=True):
+            yield from ({"id": name, **row} for row in answer.rows())
 
     def records(self) -> Iterator[dict[str, Any]]:
-        """As JSON lines: an object a sequence; to tag, it holds lists with an entry for each step."""
-        for index, name in enumerate(self.ids):
-            labels, shares = self.labels(index), self.probabilities[index].T.tolist()
-            answer = {"labels": labels} if self.task == "tag" else {"label": labels[0]}
-            yield {"id": name, **answer, "probabilities": dict(zip(self.classes, shares, strict=True))}
+        """As JSON lines: an object a sequence; where each step is answered, it holds lists."""
+        yield from ({"id": name, **answer.record()} for name, answer in zip(self.ids, self.answers, strict=True))
 
 
 @dataclass(frozen=True, eq=False)
-class Evaluation:
-    """How right a model is about labelled sequences: `counts` are by true class and said class, [classes, classes].
+class Scored:
+    """How well a model does on a file of labelled sequences."""
 
-    They count sequences, or steps to tag; `log_loss` is the mean of -ln p of the right class, in nats.
-    """
-
-    task: str
+    task: Task
     source: str
-    classes: tuple[str, ...]
-    counts: NDArray[np.int64]
-    log_loss: float
+    score: Score
     notices: tuple[str, ...]
 
-    @property
-    def total(self) -> int:
-        """Sequences, or steps, that were looked at."""
-        return int(self.counts.sum())
-
-    @property
-    def accuracy(self) -> float:
-        """The share that is right."""
-        return float(np.trace(self.counts) / self.total)
-
-    @property
-    def commonest(self) -> tuple[str, float]:
-        """The commonest class of this file and its share: no constant answer is right more often."""
-        shares = self.counts.sum(axis=1) / self.total
-        return self.classes[int(shares.argmax())], float(shares.max())
-
-    def by_class(self) -> Iterator[tuple[str, int, float, float]]:
-        """Each class, how often it occurs, its recall and its precision; NaN where there is nothing to divide by."""
-        right, true, said = np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)
-        with np.errstate(invalid="ignore"):
-            recall, precision = right / true, right / said
-        yield from zip(self.classes, true.tolist(), recall.tolist(), precision.tolist(), strict=True)
-
     def record(self) -> dict[str, Any]:
-        """As data for JSON; what cannot be divided is null."""
-        classes = {
-            name: {"count": count, "recall": _number_or_none(recall), "precision": _number_or_none(precision)}
-            for name, count, recall, precision in self.by_class()
-        }
-        return {
-            "data": self.source,
-            "task": self.task,
-            "count": self.total,
-            "accuracy": self.accuracy,
-            "log_loss": self.log_loss,
-            "commonest": dict(zip(("label", "share"), self.commonest, strict=True)),
-            "classes": classes,
-            "confusion": self.counts.tolist(),
-        }
+        """As data for JSON."""
+        return {"data": self.source, "task": self.task.name, **self.score.record()}
 
 
-def predict(run: LoadedRun, sequences: Sequences) -> Predictions:
+def predict(run: FinishedRun, sequences: Sequences) -> Predictions:
     """What the run's model says of every sequence. Raises DataError for columns that are not those of its training."""
-    part = run.encoder.part(sequences, labelled=False)
-    answers = tuple(each.numpy() for each in probabilities(run.model, part))
-    _refuse_overflow(answers, sequences.ids, sequences.source)
-    notices = (*sequences.notices, *run.encoder.notices(part, sequences.source))
-    return Predictions(run.encoder.task, sequences.ids, run.encoder.classes, answers, notices)
+    encoder = run.encoder
+    part = encoder.part(sequences, labelled=False)
+    answers = tuple(encoder.task.answer(output, encoder.codec) for output in outputs(run.model, part))
+    _refuse_overflow([answer.is_finite for answer in answers], sequences.ids, sequences.source)
+    return Predictions(sequences.ids, answers, (*sequences.notices, *encoder.notices(part, sequences.source)))
 
 
-def evaluate(
-    run: LoadedRun, data: str, *, kind: str = ".jsonl", columns: Mapping[str, str] | None = None
-) -> Evaluation:
+def evaluate(run: FinishedRun, data: str, *, kind: str = ".jsonl", columns: Mapping[str, str] | None = None) -> Scored:
     """Score the run's model on labelled data, which is read as `read_for` says.
 
     If it is the data that the run was made from, its test part alone counts, and a notice says so. Raises DataError
     for a label or a column that training did not have.
     """
-    split = run.configuration.data
-    is_known = (data in SHIPPED or Path(data).is_file()) and sum_of(data) == split.sha256
+    asked, encoder = run.configuration.data, run.encoder
+    is_known = (data in SHIPPED or Path(data).is_file()) and sum_of(data) == asked.sha256
     sequences = read_for(run, data, labelled=True, splitting=is_known, kind=kind, columns=columns)
     rows, told = None, []
     if is_known:
-        shares = {"test_fraction": split.test_fraction, "validation_fraction": split.validation_fraction}
-        rows = splitting.split(sequences, **shares, seed=split.split_seed).test
+        strata = encoder.task.strata(sequences)
+        rows = splitting.split(sequences, strata, **asked.shares, seed=asked.split_seed).test
         told = [f"the run was made from this: only its test part counts, {len(rows):,} of {len(sequences):,} sequences"]
-    part = run.encoder.part(sequences, rows)
-    answers = tuple(each.numpy() for each in probabilities(run.model, part))
-    _refuse_overflow(answers, sequences.ids if rows is None else [sequences.ids[i] for i in rows], sequences.source)
-    targets = part.targets if isinstance(part.targets, tuple) else part.targets[:, None]
-    true = np.concatenate([each.numpy() for each in targets])
-    said = np.concatenate([np.atleast_2d(each).argmax(axis=1) for each in answers])
-    counts = np.zeros((len(run.encoder.classes),) * 2, dtype=np.int64)
-    np.add.at(counts, (true, said), 1)
-    notices = (*told, *sequences.notices, *run.encoder.notices(part, sequences.source))
-    loss = measure(run.model, part).loss
-    return Evaluation(run.encoder.task, sequences.source, run.encoder.classes, counts, loss, notices)
+    part = encoder.part(sequences, rows)
+    score = encoder.task.score(encoder.codec)
+    ids = sequences.ids if rows is None else [sequences.ids[i] for i in rows]
+    for places, batch, output in run_through(run.model, part):
+        finite = [bool(each.isfinite().all()) for each in encoder.task.outputs(output, batch)]
+        _refuse_overflow(finite, [ids[place] for place in places], sequences.source)
+        score.add(output, batch)
+    notices = (*told, *sequences.notices, *encoder.notices(part, sequences.source))
+    return Scored(encoder.task, sequences.source, score, notices)
 
 
-def _refuse_overflow(answers: Iterable[NDArray[np.float32]], ids: Iterable[str], source: str) -> None:
-    """NaN comes from numbers that overflow inside the network: it has no most likely class."""
-    for name, shares in zip(ids, answers, strict=True):
-        if not np.isfinite(shares).all():
+def _refuse_overflow(finite: Iterable[bool], ids: Iterable[str], source: str) -> None:
+    """NaN comes from numbers that overflow inside the network: it says nothing."""
+    for name, is_finite in zip(ids, finite, strict=True):
+        if not is_finite:
             raise DataError(
                 f"{source}: the model's answer to sequence {name!r} is not a number; see whether its values"
                 " are far from those of the training data"
@@ -179,7 +114,7 @@ def _refuse_overflow(answers: Iterable[NDArray[np.float32]], ids: Iterable[str],
 
 
 def read_for(
-    run: LoadedRun,
+    run: FinishedRun,
     data: str,
     *,
     labelled: bool,
@@ -206,45 +141,38 @@ def read_for(
     return replace(sequences, source="standard input")
 
 
-def _read(run: LoadedRun, data: str, labelled: bool, splitting: bool, typed: Mapping[str, str]) -> Sequences:
+def _read(run: FinishedRun, data: str, labelled: bool, splitting: bool, typed: Mapping[str, str]) -> Sequences:
     asked = run.configuration.data
-    of_training: Any = SHIPPED.get(asked.file, asked)
-    way, way_of_training = (READ_AS.get(kind_of(Path(file))) for file in (data, of_training.file))
-    columns: dict[str, Any] = dict(typed)
-    if data not in SHIPPED and way == way_of_training:
-        columns = _columns(asked) | columns
-        if way == "columns" and not columns["target"] and not columns["symbols"]:
-            # Where the file has labels, they stand behind the columns that the model reads.
-            columns["target"] = str(len(run.encoder.features) + len(run.encoder.symbol_columns) + 1)
-    sequences = read(data, task=asked.task, **columns, labelled=labelled, splitting=splitting)
-    if way == "lines" != way_of_training:
-        return _named_by_order(sequences, run.encoder)
+    packed = SHIPPED.get(asked.file)
+    of_training = format_of(packed.file if packed else asked.file)
+    found = format_of(data)
+    named: dict[str, Any] = dict(typed)
+    columns = Columns(**named)
+    if data not in SHIPPED and found is not None and found is of_training:
+        columns = replace(packed.columns if packed else asked.columns, **named)
+        columns = found.again(columns, len(run.encoder.features) + len(run.encoder.symbol_columns))
+    sequences = read(data, columns, task=run.encoder.task, labelled=labelled, splitting=splitting)
+    if found is not None and not found.names_columns and found is not of_training:
+        return _named_by_order(sequences, run.encoder, found)
     return sequences
 
 
-def _columns(asked: Data) -> dict[str, Any]:
-    """The names that the training's file was read with, and how its lines were cut."""
-    named: Any = SHIPPED[asked.file].columns if asked.file in SHIPPED else asked
-    names = ("sequence_id", "target", "time", "symbols", "group", "part")
-    return {**{name: getattr(named, name) for name in names}, "features": named.features or (), "text": asked.text}
-
-
-def _named_by_order(sequences: Sequences, encoder: Encoder) -> Sequences:
+def _named_by_order(sequences: Sequences, encoder: Encoder, kind: Format) -> Sequences:
     """Columns without names of their own under the training's, if there are as many."""
     wanted = encoder.features, encoder.symbol_columns
     found = sequences.features, sequences.symbol_columns
     if [*map(len, wanted)] != [*map(len, found)] or wanted == found:
         return sequences
     order = ", ".join(f"{name!r}" for name in (*encoder.features, *encoder.symbol_columns))
-    told = f"JSON lines name no columns, so they were read in the order of the training: {order}"
+    told = f"{kind.name} name no columns, so they were read in the order of the training: {order}"
     return replace(sequences, features=wanted[0], symbol_columns=wanted[1], notices=(*sequences.notices, told))
 
 
-FORMATS = (".jsonl", ".csv", ".parquet")
+WRITTEN = (".jsonl", ".csv", ".parquet")
 """Suffixes of files that answers can be written to."""
 
 
-def refuse_output(path: Path, suffixes: Sequence[str] = FORMATS) -> None:
+def refuse_output(path: Path, suffixes: Sequence[str] = WRITTEN) -> None:
     """Refuse, before any work is done, a file that could not be written then."""
     if path.suffix not in suffixes:
         raise ThroughtimeError(f"{path}: the result is written as {' or '.join(suffixes)}; give it such a suffix")
@@ -316,7 +244,3 @@ def _give_name(partial: Path, path: Path) -> None:
         # A file system without hard links: the name is taken as an empty file first, which no other then can take.
         os.close(os.open(path, os.O_CREAT | os.O_EXCL))
         os.replace(partial, path)
-
-
-def _number_or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

@@ -7,9 +7,9 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, BinaryIO, Literal, NamedTuple, TypeGuard
 
-from throughtime.data.encoding import Encoder
 from throughtime.errors import DataError, ThroughtimeError
 from throughtime.nn.layout import State
+from throughtime.tasks.encoding import Encoder
 from throughtime.tasks.model import SequenceModel
 
 LONGEST_LINE = 2**20
@@ -37,7 +37,7 @@ class Streams:
         most: int | None = None,
         when_full: Literal["refuse", "forget"] = "refuse",
     ) -> None:
-        if model.shape.bidirectional:
+        if model.architecture.bidirectional:
             raise ThroughtimeError(
                 "this model is bidirectional: it reads a sequence from its end too, so it cannot answer before the end;"
                 " use predict, or train without --bidirectional"
@@ -101,8 +101,8 @@ class Streams:
         numbers, symbols = self.encoder.step(x)
         before = self._open.get(name, self._beginning)
         self._model.state = before.state
-        shares = self._model.step(numbers, symbols).softmax(-1)
-        if not bool(shares.isfinite().all()):
+        answer = self.encoder.task.answer(self._model.step(numbers, symbols), self.encoder.codec)
+        if not answer.is_finite:
             raise DataError(
                 "the answer is not a number; see whether the values are far from those of the training data"
             )
@@ -117,8 +117,7 @@ class Streams:
         return {
             "id": name,
             "step": before.steps + 1,
-            "label": self.encoder.classes[int(shares.argmax())],
-            "probabilities": dict(zip(self.encoder.classes, shares.tolist(), strict=True)),
+            **answer.record(),
             **({"unknown": unknown} if unknown else {}),
             **forgotten,
         }

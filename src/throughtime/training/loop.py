@@ -9,79 +9,32 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from throughtime.data.batches import Batch, Part
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
-from throughtime.tasks.model import SequenceModel, bounded_batches, counted, loss_sum
+from throughtime.tasks.model import SequenceModel
+from throughtime.tasks.table import TASKS
+from throughtime.tasks.task import Codec, Score
+from throughtime.training.evaluation import evaluate
+from throughtime.training.recipe import ENOUGH, QUANTILE, SEEN, Recipe
 
 JITTER = 0.2
 """Sequences are sorted by their length times 1 plus or minus up to this much: alike in a batch, new in every epoch."""
-
-QUANTILE, SEEN, ENOUGH = 0.9, 200, 20
-"""clip="auto" is this quantile of the last SEEN gradient norms, reckoned after every ENOUGH updates."""
-
-HOW = f"above {QUANTILE:.0%} of the last {SEEN} norms (reckoned after every {ENOUGH} updates)"
-"""The same in words, for those who read a run."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train. Raises ThroughtimeError for nonsense.
-
-    `batch_size` sequences make a batch; with `accumulate`, the gradients of so many batches make one update, divided by
-    the sequences (tag: steps) of all of them together. The optimiser is AdamW (Loshchilov and Hutter 2019), its weight
-    decay on matrices only. The learning rate rises in a straight line over the first `warmup` of the training, then
-    falls to zero, as half a cosine or in a straight line. `clip` bounds the norm of all gradients together; "auto" is
-    what `nn.clipping.suggest_clip` says of the last 200 norms, anew after every 20 updates, and clips nothing before
-    the first 20. `patience` is how many epochs may pass without a lower loss on the validation part, where there is
-    one; then, and at the end, the weights of the lowest come back. `truncate` cuts back-propagation into windows of so
-    many steps, each of which counts as a batch: the state goes on into the next window, the gradient does not go back.
-    """
-
-    epochs: int = 60
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    clip: float | Literal["auto"] | None = "auto"
-    weight_decay: float = 0.01
-    warmup: float = 0.05
-    decay: Literal["cosine", "linear", "none"] = "cosine"
-    accumulate: int = 1
-    patience: int | None = 15
-    truncate: int | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "learning_rate", "clip", "accumulate", "patience", "truncate"):
-            value = getattr(self, name)
-            if value not in (None, "auto") and (isinstance(value, str) or not 0 < value < math.inf):
-                raise ThroughtimeError(f"the {name.replace('_', ' ')} is {value}; give a number above 0")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ThroughtimeError(f"the weight decay is {self.weight_decay}; give a number from 0")
-        if not 0 <= self.warmup < 1:
-            raise ThroughtimeError(f"the warmup is {self.warmup}; give a share of the training, from 0 and below 1")
-
-    def learning_rate_at(self, progress: float) -> float:
-        """The learning rate when this share of the training (0 to 1) is done."""
-        if progress < self.warmup:
-            return self.learning_rate * progress / self.warmup
-        left = (1 - progress) / (1 - self.warmup)
-        shares = {"cosine": 0.5 * (1 - math.cos(math.pi * left)), "linear": left, "none": 1.0}
-        return self.learning_rate * shares[self.decay]
 
 
 @dataclass(frozen=True)
 class Epoch:
     """What one pass over the training part gave.
 
-    `loss` is the mean over the sequences (tag: steps) as they were trained on, `seconds` the time of that alone, and
-    `steps_per_second` counts real time steps. `score` is the share of right answers on the validation part and
-    `validation_loss` its mean loss there; None without one. `norm` is the median norm of the gradients, `threshold`
+    `loss` is the mean over the terms, sequences or steps, as they were trained on, `seconds` the time of that alone,
+    and `steps_per_second` counts real time steps. `score` is the headline on the validation part and
+    `validation_loss` the mean loss there; None without one. `norm` is the median norm of the gradients, `threshold`
     where they are clipped by now (None: nowhere) and `clip_rate` the share of the updates that it changed. `watched`
     holds what a `Watch` said of some updates (`insight.watch`).
     """
@@ -128,15 +81,6 @@ class Chunk(NamedTuple):
     stop: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Mean loss, and share of right answers, over sequences (classify) or steps (tag); `count` of them."""
-
-    loss: float
-    score: float
-    count: int
-
-
 @dataclass
 class Tally:
     """What an epoch has summed up so far."""
@@ -158,6 +102,7 @@ def train(
     *,
     seed: int,
     validation: Part | None = None,
+    codec: Codec | None = None,
     checkpoint: Callable[[Callable[[], Snapshot]], None] | None = None,
     resume_from: Snapshot | None = None,
     on_update: Callable[[Progress], None] | None = None,
@@ -171,10 +116,12 @@ def train(
     `recipe.patience` the model ends with the weights of its best epoch. A `watch` on the model looks into some updates
     and changes none; what it says stands in the epoch.
 
+    `codec` gives the validation score the terms of the labels.
+
     Raises ThroughtimeError where the loss or a gradient is not finite, before any weight is touched by it, and for a
     `recipe.truncate` that the model cannot follow.
     """
-    training = Training(model, part, recipe, seed, validation, watch)
+    training = Training(model, part, recipe, seed, validation, watch, codec)
     if resume_from is not None:
         training.restore(resume_from)
     with watch or nullcontext():
@@ -209,20 +156,6 @@ def chunks(lengths: Tensor, recipe: Recipe, generator: torch.Generator) -> list[
     return planned
 
 
-@torch.no_grad()
-def evaluate(model: SequenceModel, part: Part, batch_size: int = 512) -> Evaluation:
-    """How well the model does on a part that it does not learn from."""
-    model.eval()
-    loss, right, count = 0.0, 0, 0
-    for rows in bounded_batches(part.lengths, batch_size):
-        batch = part.batch(rows).to(_device_of(model))
-        logits, targets = counted(model(batch), batch)
-        loss += functional.cross_entropy(logits, targets, reduction="sum").item()
-        right += int((logits.argmax(-1) == targets).sum())
-        count += len(targets)
-    return Evaluation(loss / count, right / count, count)
-
-
 @contextmanager
 def on_threads(number: int) -> Iterator[None]:
     """Compute with so many threads; afterwards with as many as before."""
@@ -245,8 +178,10 @@ class Training:
         seed: int,
         validation: Part | None = None,
         watch: Watch | None = None,
+        codec: Codec | None = None,
     ) -> None:
         self.model, self.part, self.recipe, self.validation, self.watch = model, part, recipe, validation, watch
+        self.codec = codec
         self.device = _device_of(model)
         self.lengths = part.lengths
         if recipe.truncate is not None:
@@ -330,7 +265,7 @@ class Training:
 
     def end_epoch(self) -> Epoch:
         """Look at the validation part, keep the weights if they are the best so far, and turn to the next epoch."""
-        validated = None if self.validation is None else evaluate(self.model, self.validation)
+        validated = None if self.validation is None else evaluate(self.model, self.validation, self.codec)
         self.epoch += 1
         tally = self.tally
         found = Epoch(
@@ -343,7 +278,7 @@ class Training:
             norm=median(tally.norms),
             threshold=self.threshold,
             clip_rate=tally.clipped / len(tally.norms),
-            score=None if validated is None else validated.score,
+            score=None if validated is None else validated.headline,
             validation_loss=None if validated is None else validated.loss,
             best=validated is not None and self._keep_if_best(validated),
             watched=tuple(tally.watched),
@@ -415,18 +350,18 @@ class Training:
 
     def _count(self, chunk: Chunk) -> int:
         """What the chunk's loss is a sum over: its sequences, or its real steps."""
-        return int(self._steps_of(chunk).sum()) if self.model.shape.task == "tag" else len(chunk.rows)
+        return self.model.task.count(self.part, chunk.rows, self._steps_of(chunk))
 
     def _summed_loss(self, chunk: Chunk) -> Tensor:
         if self._padded is None or self._padded[0] is not chunk.rows:
             self._padded = chunk.rows, self.part.batch(chunk.rows).to(self.device)
         batch = self._padded[1]
         if self.recipe.truncate is None:
-            return loss_sum(self.model, batch)[0]
+            return self.model.task.losses(self.model(batch), batch).total()
         inside = _window(batch, chunk)
-        logits, states = self.model.run(inside, self.carried if chunk.start else None)
+        output, states = self.model.run(inside, self.carried if chunk.start else None)
         self.carried = tuple(state.detach() for state in states)
-        return functional.cross_entropy(*counted(logits, inside), reduction="sum")
+        return self.model.task.losses(output, inside).total()
 
     def _clip(self) -> None:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
@@ -453,7 +388,7 @@ class Training:
             f" learning rate than {self.recipe.learning_rate:g}{clip}"
         )
 
-    def _keep_if_best(self, found: Evaluation) -> bool:
+    def _keep_if_best(self, found: Score) -> bool:
         """Whether this epoch's weights beat all before: by loss, which says more of few sequences than the score."""
         lowest = math.inf if self.best is None else self.best["loss"]
         if self.recipe.patience is None or not found.loss < lowest:
@@ -500,12 +435,13 @@ def _under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _check_truncation(model: SequenceModel) -> None:
-    if model.shape.task != "tag":
+    if not model.by_step:
+        able = ", ".join(name for name, task in TASKS.items() if task.by_step)
         raise ThroughtimeError(
-            "truncate is for the task tag: with one answer at the end, the windows before the last have no loss; leave"
-            " it out"
+            f"truncate is for tasks that answer at every step ({able}): with one answer at the end, the windows before"
+            " the last have no loss; leave it out"
         )
-    if model.shape.bidirectional:
+    if model.architecture.bidirectional:
         raise ThroughtimeError(
             "truncate and bidirectional exclude each other: the backward direction begins at the end; leave one out"
         )

@@ -2,41 +2,34 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from throughtime.data import files
-from throughtime.data.sequences import Columns, Sequences
+from throughtime.data.formats.format import Asked, Format
+from throughtime.data.sequences import PER_STEP, Columns, Sequences
 from throughtime.data.tables import read_number, require_column
 from throughtime.errors import DataError
 
 
-def read_conll(
-    path: Path,
-    *,
-    target: str | None = None,
-    features: tuple[str, ...] = (),
-    symbols: tuple[str, ...] = (),
-    labelled: bool = True,
-) -> Sequences:
-    """Read sentences to tag; the file's columns are called "1", "2", ... as they stand, separated by tabs or spaces.
+def read_conll(path: Path, asked: Asked) -> Sequences:
+    """Read sentences; the file's columns are called "1", "2", ... as they stand, separated by tabs or spaces.
 
     The target is the last column if not named; every column that is neither it nor a feature is a symbol, unless
-    `symbols` names those wanted. `labelled=False` reads no target, and the file need not have it. Sentences are called
+    `symbols` names those wanted. Where labels are not asked for, the file need not have a target. Sentences are called
     by the number of the line where they begin. Raises `DataError` with the line for ragged columns and empty cells.
     """
+    labelled, features = asked.labelled, asked.columns.features
     ids: list[str] = []
     sentences: list[list[_Token]] = []
     reader = None
     last = 0
     for number, line in files.read_lines(path, b" \t\n"):
         if reader is None:
-            reader = _Reader.of(
-                path, number, line, Columns("sentence", target, None, features, symbols=symbols), labelled
-            )
+            reader = _Reader.of(path, number, line, asked.columns, labelled)
         if not sentences or number > last + 1:
             ids.append(str(number))
             sentences.append([])
@@ -55,7 +48,7 @@ def read_conll(
             for tokens in sentences
         ),
         labels=tuple(tuple(token.label for token in tokens) for tokens in sentences) if labelled else (),
-        task="tag",
+        role=PER_STEP,
         symbols=tuple(tuple(token.symbols for token in tokens) for tokens in sentences)
         if reader.columns.symbols
         else (),
@@ -87,7 +80,7 @@ class _Reader:
         tabs = "\t" in line
         names = [str(place + 1) for place in range(len(_divided(line, tabs)))]
         target = asked.target or (names[-1] if labelled else None)
-        features = asked.features or ()
+        features = asked.features
         symbols = asked.symbols or tuple(name for name in names if name not in (target, *features))
         columns = Columns("sentence", target if labelled else None, features=features, symbols=symbols)
         for name in (*columns.roles(), *features):
@@ -124,8 +117,7 @@ class _Reader:
             symbols=tuple(row[name] for name in self.columns.symbols),
             label=row[self.columns.target] if self.columns.target else "",
             numbers=tuple(
-                read_number(row[name], f"{self.path}, line {number}, column {name!r}")
-                for name in self.columns.features or ()
+                read_number(row[name], f"{self.path}, line {number}, column {name!r}") for name in self.columns.features
             ),
         )
 
@@ -136,3 +128,20 @@ def _divided(line: str, tabs: bool) -> list[str]:
 
 def _counted(columns: int) -> str:
     return "1 column" if columns == 1 else f"{columns} columns"
+
+
+def _again(columns: Columns, width: int) -> Columns:
+    """Where the next file has labels, they stand behind the columns that the model reads; it may have none."""
+    return columns if columns.target or columns.symbols else replace(columns, target=str(width + 1))
+
+
+FORMAT = Format(
+    name="CoNLL columns",
+    suffixes=(".conll",),
+    layout="a token a line",
+    options=frozenset({"target", "features", "symbols"}),
+    read=read_conll,
+    roles=(PER_STEP,),
+    why_not="CoNLL columns have a label for each token; ask for one at every step",
+    again=_again,
+)

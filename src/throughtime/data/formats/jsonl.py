@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import numpy as np
 
 from throughtime.data import files
-from throughtime.data.sequences import Columns, Sequences, Task
+from throughtime.data.formats.format import Asked, Format
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Columns, Sequences, TargetRole
 from throughtime.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,22 +21,27 @@ if TYPE_CHECKING:
 KEYS = ("x", "symbols", "id", "label", "labels", "group", "part")
 """The keys that a line may have without their being named."""
 
+TARGETS = {PER_SEQUENCE: "label", PER_STEP: "labels"}
+"""The key of the target, unless another is named."""
 
-def read_jsonl(
-    path: Path, columns: Columns, *, task: Task = "classify", labelled: bool = True, splitting: bool = True
-) -> Sequences:
+
+def read_jsonl(path: Path, asked: Asked) -> Sequences:
     """Read one sequence a line: `{"x": [[1.5, 2], ...], "symbols": [["a", "b"], ...], "label": "u"}`.
 
     "x" holds a list of numbers for each step, or one number each; "symbols" a list of texts, or one text each; either
-    may be left out. The target is text or a whole number; to tag, a list of one for each step. `columns` names the
-    keys. The id "id" is optional: lines without one are called by their number. A group or part that `columns` does not
-    name is read from "group" and "part" where lines have them. `labelled=False` leaves the target out,
-    `splitting=False` the group and the part. Numbers are called "x1", "x2", ..., symbols "symbol1", ...;
-    `columns.features` and `columns.symbols` choose among them.
+    may be left out. The target, "label", is text or a whole number; one for every step is a list of them, "labels".
+    `asked.columns` names other keys. The id "id" is optional: lines without one are called by their number. A group or
+    part that is not named is read from "group" and "part" where lines have them. Numbers are called "x1", "x2", ...,
+    symbols "symbol1", ...; `features` and `symbols` choose among them.
 
     Raises `DataError`, with the line, for what is not JSON, a key that is not known or is there twice, numbers that are
     not finite, lists of different widths, labels that do not fit, and an id that is there twice.
     """
+    columns = replace(
+        asked.columns,
+        sequence_id=asked.columns.sequence_id or "id",
+        target=asked.columns.target or TARGETS[asked.role],
+    )
     lines: list[_Sequence] = []
     first: _Line | None = None
     keys = columns
@@ -43,13 +49,13 @@ def read_jsonl(
         line = _Line(path, number, _parse(path, number, text))
         if first is None:
             first = line
-            keys = _keys(line, columns, labelled, splitting)
-        line.check_keys(first, columns, keys, splitting)
-        lines.append(_read(line, first, keys, task))
+            keys = _keys(line, columns, asked)
+        line.check_keys(first, columns, keys, asked.splitting)
+        lines.append(_read(line, first, keys, asked))
     if first is None:
         raise DataError(f"{path}: is empty; one JSON object a line is needed")
     _check_ids(path, lines)
-    return _chosen(_together(path, lines, keys, task), columns)
+    return _chosen(_together(path, lines, keys, asked.role), columns)
 
 
 @dataclass(frozen=True)
@@ -122,30 +128,30 @@ def _parse(path: Path, number: int, text: str) -> dict[str, Any]:
     return record
 
 
-def _keys(first: _Line, columns: Columns, labelled: bool, splitting: bool) -> Columns:
+def _keys(first: _Line, columns: Columns, asked: Asked) -> Columns:
     """The keys to read, by what is asked for and by what the first line has."""
-    wanted = columns.without(labels=not labelled, splitting=not splitting)
-    if splitting:
+    wanted = columns.without(labels=not asked.labelled, splitting=not asked.splitting)
+    if asked.splitting:
         wanted = replace(
             wanted,
             group=wanted.group or ("group" if "group" in first.record else None),
             part=wanted.part or ("part" if "part" in first.record else None),
         )
-    wanted = replace(wanted, features=None, symbols=())
+    wanted = replace(wanted, features=(), symbols=())
     name = None if wanted.sequence_id == "id" else wanted.sequence_id
     for role, key in (("id", name), ("target", wanted.target), ("group", wanted.group), ("part", wanted.part)):
         if key is not None and key not in first.record:
-            other = {"label": "labels", "labels": "label"}.get(key)
             hint = ""
-            if role == "target" and other in first.record:
-                hint = f"; it has {other!r}: --task {'tag' if other == 'labels' else 'classify'}"
+            if role == "target":
+                others = [(each, name) for each, name in TARGETS.items() if name != key and name in first.record]
+                hint = "".join(f"; it has {name!r}{asked.way(each)}" for each, name in others)
             first.refuse(f"lacks the {role} {key!r}; add it to every line, or name the key that holds it{hint}")
     if "x" not in first.record and "symbols" not in first.record:
         first.refuse("has neither 'x' nor 'symbols'; give numbers or texts for each step")
     return wanted
 
 
-def _read(line: _Line, first: _Line, keys: Columns, task: Task) -> _Sequence:
+def _read(line: _Line, first: _Line, keys: Columns, asked: Asked) -> _Sequence:
     record = line.record
     steps = _numbers(line, record["x"]) if "x" in record else None
     symbols = _symbols(line, record["symbols"]) if "symbols" in record else ()
@@ -162,19 +168,19 @@ def _read(line: _Line, first: _Line, keys: Columns, task: Task) -> _Sequence:
         id=text(keys.sequence_id) if keys.sequence_id in record else str(line.number),
         steps=steps,
         symbols=symbols,
-        labels=_labels(line, first, keys.target, task, len(steps)),
+        labels=_labels(line, first, keys.target, asked, len(steps)),
         group=text(keys.group),
         part=text(keys.part),
     )
 
 
-def _labels(line: _Line, first: _Line, target: str | None, task: Task, length: int) -> tuple[str, ...]:
+def _labels(line: _Line, first: _Line, target: str | None, asked: Asked, length: int) -> tuple[str, ...]:
     if target is None:
         return ()
     value, like = line.record[target], first.record[target]
-    if task == "classify":
+    if not asked.role.by_step:
         if isinstance(value, list):
-            line.refuse(f"{target!r} is a list; one label is needed to classify (a label for each step: --task tag)")
+            line.refuse(f"{target!r} is a list; give one label, or ask for one at every step{asked.way(PER_STEP)}")
         return (line.text(target, value, like),)
     if not isinstance(value, list) or len(value) != length:
         found = f"has {len(value)} labels" if isinstance(value, list) else f"is {_shown(value)}"
@@ -253,8 +259,8 @@ def _check_ids(path: Path, lines: list[_Sequence]) -> None:
                 )
 
 
-def _together(path: Path, lines: list[_Sequence], keys: Columns, task: Task) -> Sequences:
-    classified = task == "classify" and keys.target is not None
+def _together(path: Path, lines: list[_Sequence], keys: Columns, role: TargetRole) -> Sequences:
+    labels = tuple(line.labels for line in lines) if keys.target is not None else ()
     count = len(lines[0].symbols[0]) if lines[0].symbols else 0
     return Sequences(
         name=path.name.split(".")[0],
@@ -263,14 +269,10 @@ def _together(path: Path, lines: list[_Sequence], keys: Columns, task: Task) -> 
         features=tuple(f"x{place + 1}" for place in range(lines[0].steps.shape[1])),
         ids=tuple(line.id for line in lines),
         steps=tuple(line.steps for line in lines),
-        labels=tuple(line.labels[0] for line in lines)
-        if classified
-        else tuple(line.labels for line in lines)
-        if keys.target is not None
-        else (),
+        labels=labels if role.by_step else tuple(label for (label,) in labels),
         groups=tuple(line.group for line in lines) if keys.group else None,
         parts=tuple(line.part for line in lines) if keys.part else None,
-        task=task,
+        role=role,
         symbols=tuple(line.symbols for line in lines) if count else (),
         symbol_columns=tuple(f"symbol{place + 1}" for place in range(count)),
     )
@@ -278,7 +280,7 @@ def _together(path: Path, lines: list[_Sequence], keys: Columns, task: Task) -> 
 
 def _chosen(sequences: Sequences, columns: Columns) -> Sequences:
     """The features and the symbols that `columns` names, all where it names none."""
-    features = columns.features if columns.features is not None else sequences.features
+    features = columns.features or sequences.features
     symbols = columns.symbols or sequences.symbol_columns
     for name, known in [(name, sequences.features) for name in features] + [
         (name, sequences.symbol_columns) for name in symbols
@@ -306,3 +308,13 @@ def _width(step: object) -> str:
 def _shown(value: object, most: int = 40) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= most else f"{text[:most]}..."
+
+
+FORMAT = Format(
+    name="JSON lines",
+    suffixes=(".jsonl",),
+    layout="a sequence a line",
+    options=frozenset({"sequence_id", "target", "features", "symbols", "group", "part"}),
+    read=read_jsonl,
+    names_columns=False,
+)

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from throughtime.data.sequences import Columns, Sequences, Task
+from throughtime.data.formats.format import Asked, Format
+from throughtime.data.sequences import Columns, Sequences, TargetRole
 from throughtime.data.tables import Table, read_table
+from throughtime.errors import DataError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,33 +34,33 @@ class Rows:
         return np.cumsum(np.bincount(self.sequence))
 
 
-def read_sequences(
-    path: str | Path, columns: Columns, *, task: Task = "classify", labelled: bool = True, splitting: bool = True
-) -> Sequences:
+def read_long_table(path: Path, asked: Asked) -> Sequences:
     """Read a long table, one row a step: Parquet (`.parquet`, `.pq`) or CSV (any other; `.gz` is gzip).
 
-    `labelled=False` leaves the target out, and `splitting=False` the group and the part, whether the file has such
-    columns or not. Raises `DataError`, in one line naming the file, the place and the way out, for anything that would
-    otherwise have to be guessed: a missing column, an empty cell, text where numbers belong, two rows for one step, a
-    class that changes within a sequence.
+    Columns left out of `asked`, those of labels or of the split, are no features, whether the file has them or not.
+    Raises `DataError`, in one line naming the file, the place and the way out, for anything that would otherwise have
+    to be guessed: a missing column, an empty cell, text where numbers belong, two rows for one step, a class that
+    changes within a sequence.
     """
+    columns = asked.columns
+    if not columns.sequence_id or (asked.labelled and not columns.target):
+        label = "label of each row" if asked.role.by_step else "class"
+        raise DataError(f"{path}: say which columns hold the sequence's id and the {label}: --sequence-id and --target")
     roles = columns.roles()
-    table = read_table(Path(path), texts=[column for column, role in roles.items() if role != "time"])
-    wanted = columns.without(labels=not labelled, splitting=not splitting)
+    table = read_table(path, texts=[column for column, role in roles.items() if role != "time"])
+    wanted = columns.without(labels=not asked.labelled, splitting=not asked.splitting)
     left_out = set(roles) - set(wanted.roles())
-    for column in (*wanted.roles(), *(columns.features or ())):
+    for column in (*wanted.roles(), *columns.features):
         table.require(column)
-    sequence, ids = table.codes(wanted.sequence_id)
+    sequence, ids = table.codes(columns.sequence_id)
     rows = Rows(tuple(ids), sequence, _order_in_time(table, wanted, sequence, ids))
     notices = () if wanted.time else (UNORDERED,)
-    return replace(assemble(table, wanted, rows, task, left_out), name=Path(path).name.split(".")[0], notices=notices)
+    return replace(_assembled(table, wanted, rows, asked.role, left_out), notices=notices)
 
 
-def assemble(table: Table, columns: Columns, rows: Rows, task: Task, left_out: set[str] | frozenset[str]) -> Sequences:
+def _assembled(table: Table, columns: Columns, rows: Rows, role: TargetRole, left_out: set[str]) -> Sequences:
     """Sequences from the rows of a table; `left_out` are columns that are not to be features."""
-    features = columns.features
-    if features is None:
-        features = table.features({*columns.roles(), *left_out}, optional=bool(columns.symbols))
+    features = columns.features or table.features({*columns.roles(), *left_out}, optional=bool(columns.symbols))
     values = np.empty((len(table.frame), len(features)))
     for place, column in enumerate(features):
         values[:, place] = table.numbers(column)
@@ -70,19 +72,21 @@ def assemble(table: Table, columns: Columns, rows: Rows, task: Task, left_out: s
         features=features,
         ids=rows.ids,
         steps=tuple(np.split(values[rows.order], rows.ends[:-1])),
-        labels=_labels(table, columns.target, rows, task),
+        labels=_labels(table, columns.target, rows, role),
         groups=_of_sequences(table, columns.group, rows),
         parts=_of_sequences(table, columns.part, rows),
-        task=task,
+        role=role,
         symbols=symbols if columns.symbols else (),
         symbol_columns=columns.symbols,
     )
 
 
-def _labels(table: Table, target: str | None, rows: Rows, task: Task) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
+def _labels(
+    table: Table, target: str | None, rows: Rows, role: TargetRole
+) -> tuple[str, ...] | tuple[tuple[str, ...], ...]:
     if target is None:
         return ()
-    if task == "classify":
+    if not role.by_step:
         return _of_sequences(table, target, rows) or ()
     return tuple(tuple(label for (label,) in steps) for steps in _texts_of_steps(table, (target,), rows))
 
@@ -138,3 +142,12 @@ def _order_in_time(
             row=row,
         )
     return order
+
+
+FORMAT = Format(
+    name="a long table",
+    suffixes=(".csv", ".parquet", ".pq"),
+    layout="a row for each step",
+    options=frozenset({"sequence_id", "target", "time", "features", "symbols", "group", "part"}),
+    read=read_long_table,
+)

@@ -8,19 +8,21 @@ from typing import Literal, get_args
 import numpy as np
 
 from throughtime.data import files
-from throughtime.data.sequences import Columns, Sequences
+from throughtime.data.formats.format import Asked, Format
+from throughtime.data.sequences import PER_SEQUENCE, Columns, Sequences
 from throughtime.errors import DataError
 
 Text = Literal["words", "letters"]
 """What a step is: what stands between white space, marks and all; or each Unicode character, spaces too."""
 
 
-def read_text_lines(path: Path, *, text: str = "words", labelled: bool = True) -> Sequences:
+def read_text_lines(path: Path, asked: Asked) -> Sequences:
     """Read one sequence a line, its label before a tab; it is called by the number of its line.
 
-    With `labelled=False` labels are left out, and the lines may lack them, all or none. Raises `DataError` with the
-    line for one without a tab, with two, or with nothing on either side.
+    Where labels are not asked for, the lines may lack them, all or none. Raises `DataError` with the line for one
+    without a tab, with two, or with nothing on either side.
     """
+    text, labelled = asked.columns.text or "words", asked.labelled
     if text not in get_args(Text):
         raise DataError(f"{path}: text is {text!r}; a step is one of the 'words' or one of the 'letters'")
     ids, labels, symbols = [], [], []
@@ -66,3 +68,14 @@ def _divide(path: Path, number: int, line: str, with_label: bool) -> tuple[str, 
     if not content.strip():
         files.refuse_line(path, number, "has no text after the tab; write some or remove the line")
     return label, content
+
+
+FORMAT = Format(
+    name="lines of text",
+    suffixes=(".txt", ".tsv"),
+    layout="label, tab, text",
+    options=frozenset({"text"}),
+    read=read_text_lines,
+    roles=(PER_SEQUENCE,),
+    why_not="lines of text have one label each; where every word has its own, write .conll, or ask for one",
+)
