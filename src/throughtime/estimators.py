@@ -99,7 +99,7 @@ class _SequenceEstimator(BaseEstimator):
         self.loss_curve_ = [each.loss for each in train(self.model_, part, recipe, seed=seed, validation=validation)]
 
     def _held_out(self, labels: Any, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Places of the sequences to train on and to validate on; a classifier's have the same mix of classes."""
+        """Places of the sequences to train on and to validate on; where each has one label, both have the same mix."""
         everything = np.arange(len(labels))
         if self.patience is None:
             return everything, everything[:0]
@@ -118,7 +118,7 @@ class _SequenceEstimator(BaseEstimator):
         return np.sort(kept), np.sort(held)
 
     def _probabilities(self, given: Given) -> Any:
-        """[sequences, classes], or a [length, classes] for each sequence to tag; float64 that adds up to 1."""
+        """[sequences, classes], or by step a [length, classes] for each sequence; float64 that adds up to 1."""
         if (given.features, given.symbol_columns) != (self.encoder_.features, self.encoder_.symbol_columns):
             raise DataError(
                 f"X has {_columns(given.features, given.symbol_columns)}, but {type(self).__name__} was fitted on"
@@ -172,7 +172,7 @@ class SequenceClassifier(ClassifierMixin, _SequenceEstimator):
         check_classification_targets(labels)
         self.classes_, numbers = np.unique(labels, return_inverse=True)
         if len(self.classes_) < 2:
-            raise DataError(f"y holds only one class, {labels[0]!r}: a classifier needs two or more")
+            raise DataError(f"y holds only one class, {labels[0]!r}: a {self._task.words.learner} needs two or more")
         self._train(given, numbers)
         return self
 
@@ -234,7 +234,7 @@ class SequenceTagger(_SequenceEstimator):
         check_classification_targets(rows)
         self.classes_, numbers = np.unique(rows, return_inverse=True)
         if len(self.classes_) < 2:
-            raise DataError(f"y holds only one class, {rows[0]!r}: a tagger needs two or more")
+            raise DataError(f"y holds only one class, {rows[0]!r}: a {self._task.words.learner} needs two or more")
         self._train(given, np.split(numbers, np.cumsum(given.lengths)[:-1]))
         return self
 
