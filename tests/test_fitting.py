@@ -126,6 +126,14 @@ def test_data_that_have_changed_are_refused_by_the_kept_configuration(tmp_path: 
     assert not (tmp_path / "again.partial").exists()
 
 
+def test_the_program_on_the_card_loads_the_run(run: FinishedRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run.path.parent)
+    program = (run.path / runs.CARD).read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert same_weights(names["run"], run)
+
+
 def test_a_run_to_tag_beats_what_looks_at_one_word(folder: Path):
     options = {"file": str(folder / "words.conll"), "task": "tag", "run": folder / "words", **SMALL}
     run = fit(Config.resolve({**options, "truncate": 3, "num_layers": 2, "cell": "lstm", "patience": "none"}))

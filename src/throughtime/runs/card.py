@@ -155,6 +155,7 @@ throughtime evaluate {story.name} DATA          # its score on labelled data
 
 ```python
 from pathlib import Path
+from throughtime.runs.folder import load
 
 run = load(Path("{story.name}"))   # verifies every file; executes none
 run.model, run.encoder
