@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -12,25 +14,34 @@ from torch.nn import functional
 from throughtime.errors import ShapeError, ThroughtimeError
 from throughtime.nn.layout import Lengths, read_lengths, within
 
+NOTHING = -(2**63)
+"""What cross_entropy is to leave out: a class that there never is."""
+
 
 @dataclass(frozen=True, eq=False)
 class Losses:
-    """The terms of a loss: `values` [terms], and of each the row of the batch and the step that it is of, int64.
+    """The terms of a loss, and of each the row of the batch and the step that it is of: `rows`, `steps` [terms] int64.
 
-    Whoever wants one number adds them up and divides by what it wants a mean over; whoever asks where the loss comes
-    from, or where its gradient goes, takes them one by one.
+    Whoever wants one number takes `total` and divides by what it wants a mean over; whoever asks where the loss comes
+    from, or where its gradient goes, takes the terms one by one, as `values`. `computed` is what gives both, for
+    torch's "sum" costs less than its "none" and an addition.
     """
 
-    values: Tensor
+    computed: Callable[[Literal["none", "sum"]], Tensor]
     rows: Tensor
     steps: Tensor
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.rows)
+
+    @cached_property
+    def values(self) -> Tensor:
+        """Every term: [terms]."""
+        return self.computed("none")
 
     def total(self) -> Tensor:
         """The sum of all terms."""
-        return self.values.sum()
+        return self.computed("sum")
 
     def by_row(self, rows: int) -> Tensor:
         """The sum over each row's terms: [rows]; 0 where a row has none."""
@@ -54,15 +65,16 @@ def class_losses(logits: Tensor, targets: Tensor, lengths: Lengths | None = None
     whole numbers from 0 to C - 1. Raises ShapeError for shapes, types and classes that do not fit.
     """
     if logits.dim() == 2:
-        _check_targets(logits[None], targets[None], multi_label=False)
+        _check_shapes(logits, targets, logits.shape[:1], multi_label=False)
         ends = torch.as_tensor(lengths if lengths is not None else [1] * len(logits), dtype=torch.int64, device="cpu")
-        return Losses(_of_classes(logits, targets), torch.arange(len(logits)), ends - 1)
+        return Losses(partial(_of_classes, logits, targets), torch.arange(len(logits)), ends - 1)
     if logits.dim() == 3 and targets.dim() == 1:
         targets = targets.expand(len(logits), -1)
     _check_targets(logits, targets, multi_label=False)
     real = _real(lengths, *logits.shape[:2])
     rows = max(1, logits.shape[1])
-    return Losses(_of_classes(_picked(logits, real), _picked(targets, real)), real % rows, real // rows)
+    picked = partial(_of_classes, _picked(logits, real), _picked(targets, real))
+    return Losses(picked, real % rows, real // rows)
 
 
 def ragged_loss(
@@ -97,7 +109,7 @@ def ragged_loss(
     if multi_label:
         total = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
     else:
-        total = _of_classes(logits, targets).sum()
+        total = _of_classes(logits, targets, "sum")
     return total / number
 
 
@@ -108,7 +120,8 @@ def _real(lengths: Lengths | None, steps: int, rows: int) -> Tensor:
     counts = read_lengths(lengths, steps, rows)
     if sum(counts) == steps * rows:
         return torch.arange(steps * rows)
-    return within(counts, steps, torch.device("cpu")).flatten().nonzero().squeeze(1)
+    ends = lengths if isinstance(lengths, Tensor) and lengths.device.type == "cpu" else counts
+    return within(ends, steps, torch.device("cpu")).flatten().nonzero().squeeze(1)
 
 
 def _picked(values: Tensor, real: Tensor) -> Tensor:
@@ -117,17 +130,16 @@ def _picked(values: Tensor, real: Tensor) -> Tensor:
     return flat if len(real) == len(flat) else flat.index_select(0, real.to(values.device))
 
 
-def _of_classes(logits: Tensor, targets: Tensor) -> Tensor:
-    """-ln p of each class: [n]. Not torch's cross_entropy, which leaves out classes of -100 without a word."""
-    log_p = functional.log_softmax(logits, -1)
+def _of_classes(logits: Tensor, targets: Tensor, reduction: Literal["none", "sum"]) -> Tensor:
+    """-ln p of each class, [n], or their sum. Nothing is left out; torch would leave out -100 without a word."""
     try:
-        return -log_p.gather(1, targets.long()[:, None]).squeeze(1)
+        return functional.cross_entropy(logits, targets.long(), reduction=reduction, ignore_index=NOTHING)
     except (IndexError, RuntimeError) as error:
-        wrong = targets[(targets < 0) | (targets >= log_p.shape[1])]
+        wrong = targets[(targets < 0) | (targets >= logits.shape[1])]
         if wrong.numel() == 0:
             raise
         raise ShapeError(
-            f"targets hold {wrong[0].item()} at a step that counts, but the classes are 0 to {log_p.shape[1] - 1}; "
+            f"targets hold {wrong[0].item()} at a step that counts, but the classes are 0 to {logits.shape[1] - 1}; "
             "shorten lengths= if it is padding"
         ) from error
 
@@ -137,7 +149,10 @@ def _check_targets(logits: Tensor, targets: Tensor, multi_label: bool) -> None:
         raise ShapeError(
             f"logits have shape {list(logits.shape)}; they must be [T, B, C], or [B, T, C] with batch_first"
         )
-    wanted = logits.shape if multi_label else logits.shape[:2]
+    _check_shapes(logits, targets, logits.shape if multi_label else logits.shape[:2], multi_label)
+
+
+def _check_shapes(logits: Tensor, targets: Tensor, wanted: torch.Size, multi_label: bool) -> None:
     if targets.shape != wanted:
         kind = "a number for each label" if multi_label else "a class for each step"
         raise ShapeError(
