@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from throughtime.tasks.sequences import Columns, Sequences
+from throughtime.data.sequences import PER_STEP, Columns, Sequences
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -136,7 +136,7 @@ def read_stress(text: str, *, keep: float = 1.0) -> Sequences:
         labels.append(tuple(phone[-1] if phone[-1] in "012" else "none" for phone in phones))
         parts.append("test" if tested < 0.25 else "train")
     return Sequences(
-        task="tag",
+        role=PER_STEP,
         name="CMUdict stress",
         source=STRESS_CREDIT,
         columns=Columns(sequence_id="entry", target="stress", group="word", part="part", symbols=("phone",)),

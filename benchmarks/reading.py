@@ -20,16 +20,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from throughtime.tasks import files
+from throughtime.data import files
+from throughtime.data.sequences import Columns
 from throughtime.tasks.encoding import encode
-from throughtime.tasks.reading import read
+from throughtime.tasks.table import DEFAULT, TASKS, read
 
 TABLE = {"sequence_id": "id", "target": "y", "time": "t"}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "numbers.csv": ("12 features, sequences of 100 steps", TABLE),
     "numbers.parquet": ("the same", TABLE),
     "numbers.jsonl": ("the same", {}),
-    "words.csv": ("2 columns of symbols, a label for each row", {**TABLE, "task": "tag", "symbols": ["w", "p"]}),
+    "words.csv": ("2 columns of symbols, a label for each row", {**TABLE, "task": "tag", "symbols": ("w", "p")}),
     "words.conll": ("the same, sentences of 25", {"task": "tag"}),
     "words.txt": ("sequences of 100 words", {}),
 }
@@ -75,9 +76,13 @@ def measure(path: Path) -> dict[str, float]:
     files.check_fits = noting
     before = _peak()
     started = time.process_time()
-    sequences = read(str(path), **CASES[path.name][1])
+    columns: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in CASES[path.name][1].items()
+    }
+    task = TASKS[columns.pop("task", DEFAULT)]
+    sequences = read(str(path), Columns(**columns), task=task)
     reading = time.process_time() - started
-    encode(sequences)
+    encode(task, sequences)
     return {
         "size": path.stat().st_size,
         "read": reading,

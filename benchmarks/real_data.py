@@ -34,14 +34,15 @@ from rich.progress import Progress, TaskID
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from throughtime.data.batches import Batch, Part
+from throughtime.data.sequences import Sequences
 from throughtime.equations.catalogue import CELLS
-from throughtime.tasks.baselines import baselines
 from throughtime.tasks.encoding import Encoded, encode
-from throughtime.tasks.model import SequenceModel, Shape, build
-from throughtime.tasks.parts import Batch, Part
-from throughtime.tasks.reading import read_shipped
-from throughtime.tasks.sequences import Sequences
-from throughtime.tasks.training import Recipe, evaluate, train
+from throughtime.tasks.model import Architecture, SequenceModel, build
+from throughtime.tasks.table import TASKS, read
+from throughtime.training.evaluation import evaluate
+from throughtime.training.loop import train
+from throughtime.training.recipe import Recipe
 
 HERE = Path(__file__).parent
 TORCH: dict[str, Callable[..., nn.RNNBase]] = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -81,10 +82,10 @@ def stress_file() -> Path:
 PROBLEMS = {
     problem.name: problem
     for problem in (
-        Problem("JapaneseVowels", lambda: read_shipped("vowels"), hidden_size=100),
+        Problem("JapaneseVowels", lambda: read("vowels", task=TASKS["classify"]), hidden_size=100),
         Problem(
             "JapaneseVowels, both directions",
-            lambda: read_shipped("vowels"),
+            lambda: read("vowels", task=TASKS["classify"]),
             cells=("lstm",),
             hidden_size=100,
             bidirectional=True,
@@ -116,33 +117,33 @@ class Plain(SequenceModel):
     only, since what lies past an end then touches nothing before it; packed where it also reads backwards.
     """
 
-    def __init__(self, cell: str, shape: Shape) -> None:
+    def __init__(self, cell: str, shape: Architecture) -> None:
         nn.Module.__init__(self)
-        self.shape = shape
+        self.architecture, self.by_step = shape, shape.task.by_step
         size = shape.embedding_size
         self.embeddings = nn.ModuleList(nn.Embedding(count, size, padding_idx=0) for count in shape.vocabularies)
         self.layer = TORCH[cell](shape.input_size, shape.hidden_size, bidirectional=shape.bidirectional)
-        self.linear = nn.Linear(shape.hidden_size * (2 if shape.bidirectional else 1), shape.classes)
+        self.linear = nn.Linear(shape.hidden_size * (2 if shape.bidirectional else 1), shape.answers)
 
     def forward(self, batch: Batch) -> Tensor:
         """Logits [B, classes] to classify, [T, B, classes] to tag."""
         embedded = [embedding(batch.symbols[..., i]) for i, embedding in enumerate(self.embeddings)]
         x = torch.cat([batch.x, *embedded], -1)
         ragged = int(batch.lengths.min()) < len(x)
-        if self.shape.bidirectional and ragged:
+        if self.architecture.bidirectional and ragged:
             packed, state = self.layer(pack_padded_sequence(x, batch.lengths, enforce_sorted=False))
             output, _ = pad_packed_sequence(packed)
         else:
             output, state = self.layer(x)
-        if self.shape.task == "tag":
+        if self.by_step:
             return self.linear(output)
-        if ragged and not self.shape.bidirectional:
+        if ragged and not self.architecture.bidirectional:
             return self.linear(output[batch.lengths - 1, torch.arange(len(batch.lengths))])
         h_n = state[0] if isinstance(state, tuple) else state
         return self.linear(torch.cat(list(h_n), -1))
 
 
-def twins(cell: str, shape: Shape, seed: int) -> dict[str, SequenceModel]:
+def twins(cell: str, shape: Architecture, seed: int) -> dict[str, SequenceModel]:
     """Both networks, beginning with the weights that torch.nn draws."""
     torch.manual_seed(seed)
     plain, ours = Plain(cell, shape), build(CELLS[cell], shape, seed=seed)
@@ -179,15 +180,15 @@ def measure(
             for library, model in models if seed % 2 == 0 else reversed(models):
                 score = found.setdefault((cell, library), Score(problem.name, cell, library))
                 epochs = [epoch.seconds for epoch in train(model, data.train, problem.recipe, seed=seed)]
-                score.scores.append(evaluate(model, data.test).score)
+                score.scores.append(evaluate(model, data.test).headline)
                 score.seconds.append(sum(epochs))
                 score.seconds_per_epoch.append(statistics.median(epochs[1:] or [math.nan]))
                 on_run(f"{problem.name}, {cell}, {library}, seed {seed}")
     return list(found.values())
 
 
-def shape_of(problem: Problem, data: Encoded) -> Shape:
-    return Shape.fitting(data.encoder, hidden_size=problem.hidden_size, bidirectional=problem.bidirectional)
+def shape_of(problem: Problem, data: Encoded) -> Architecture:
+    return Architecture.fitting(data.encoder, hidden_size=problem.hidden_size, bidirectional=problem.bidirectional)
 
 
 def describe(problem: Problem, data: Encoded) -> dict[str, Any]:
@@ -200,14 +201,14 @@ def describe(problem: Problem, data: Encoded) -> dict[str, Any]:
         "train": len(data.train),
         "test": len(data.test),
         "steps": [int(lengths.min()), int(lengths.max())],
-        "features": len(data.features),
-        "classes": list(data.vocabulary),
-        "task": data.task,
+        "features": len(data.encoder.features),
+        "classes": list(data.encoder.codec.to_json()["classes"]),
+        "task": data.task.name,
         "units": problem.hidden_size,
         "bidirectional": problem.bidirectional,
         "recipe": asdict(problem.recipe),
         "note": problem.note,
-        "baselines": {base.name: base.score for base in [*baselines(data), *nearest_series(data)]},
+        "baselines": {base.name: base.score for base in [*data.task.baselines(data), *nearest_series(data)]},
     }
 
 
@@ -215,13 +216,16 @@ def nearest_series(data: Encoded) -> Iterator[Any]:
     """1-nearest-neighbour by the Euclidean distance of whole series, where all are of one length and all numbers."""
     from sklearn.neighbors import KNeighborsClassifier
 
-    from throughtime.tasks.baselines import Baseline
+    from throughtime.tasks.task import Baseline
 
     lengths = {len(steps) for steps in (*data.train.steps, *data.test.steps)}
-    if data.task == "classify" and not data.train.symbols and len(lengths) == 1:
+    if not data.task.by_step and not data.train.symbols and len(lengths) == 1:
         train_x, test_x = (torch.stack(part.steps).flatten(1).numpy() for part in (data.train, data.test))
-        nearest = KNeighborsClassifier(n_neighbors=1).fit(train_x, data.train.classes.numpy())
-        yield Baseline("1-nearest neighbour, whole series", float(nearest.score(test_x, data.test.classes.numpy())))
+        nearest = KNeighborsClassifier(n_neighbors=1).fit(train_x, torch.as_tensor(data.train.targets).numpy())
+        yield Baseline(
+            "1-nearest neighbour, whole series",
+            float(nearest.score(test_x, torch.as_tensor(data.test.targets).numpy())),
+        )
 
 
 def choose(problem: Problem, screen: Console) -> None:
@@ -249,7 +253,12 @@ def choose(problem: Problem, screen: Console) -> None:
 def validation_score(model: SequenceModel, data: Encoded, recipe: Recipe, seed: int) -> float:
     for _ in train(model, data.train, recipe, seed=seed):
         pass
-    return evaluate(model, data.test).score
+    return evaluate(model, data.test).headline
+
+
+def encoded(sequences: Sequences, **options: Any) -> Encoded:
+    """The sequences for the task whose labels they have."""
+    return encode(TASKS["tag" if sequences.role.by_step else "classify"], sequences, **options)
 
 
 def validating(sequences: Sequences) -> Encoded:
@@ -258,7 +267,7 @@ def validating(sequences: Sequences) -> Encoded:
     kept = [place for place, part in enumerate(parts) if part == "train"]
     rows = {name: getattr(sequences, name) for name in ("ids", "steps", "labels", "groups", "symbols")}
     chosen: dict[str, Any] = {name: tuple(values[i] for i in kept) for name, values in rows.items() if values}
-    return encode(replace(sequences, parts=None, **chosen), test_fraction=0.25, seed=CHOOSING_SEEDS[0])
+    return encoded(replace(sequences, parts=None, **chosen), test_fraction=0.25, seed=CHOOSING_SEEDS[0])
 
 
 def quick(data: Encoded) -> Encoded:
@@ -323,7 +332,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with Progress(console=screen) as progress:
         runs = progress.add_task("reading", total=sum(2 * seeds * len(PROBLEMS[name].cells) for name in options.data))
         for name in options.data:
-            problem, data = PROBLEMS[name], encode(PROBLEMS[name].read())
+            problem, data = PROBLEMS[name], encoded(PROBLEMS[name].read())
             if options.quick:
                 problem, data = replace(problem, recipe=replace(problem.recipe, epochs=2)), quick(data)
             described[name] = describe(problem, data)

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import environment, fit
-from throughtime.tasks.training import Recipe
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import environment, fit
+from throughtime.training.recipe import Recipe
 
 RESULTS = Path(__file__).parent / "results"
 DONE = os.WEXITED | os.WNOHANG | os.WNOWAIT

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import throughtime as tt
 from throughtime.insight.watch import EVERY, Watch
-from throughtime.tasks.fitting import environment
+from throughtime.runs.fit import environment
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS = 15

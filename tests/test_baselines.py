@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from as_typed import encode
 
-from throughtime.tasks.baselines import baselines
-from throughtime.tasks.encoding import Encoded, encode
-from throughtime.tasks.sequences import Columns, Sequences
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Columns, Sequences
+from throughtime.tasks.encoding import Encoded
 
 COLUMNS = Columns("id", "y", part="part")
 
@@ -29,7 +29,7 @@ def task(
         else tuple(np.empty((length, 0)) for length in lengths),
         labels=tuple(each if isinstance(each, str) else tuple(each) for each in labels),  # type: ignore[arg-type]
         parts=tuple("test" if each else "train" for each in test),
-        task="classify" if isinstance(labels[0], str) else "tag",
+        role=PER_SEQUENCE if isinstance(labels[0], str) else PER_STEP,
         symbols=tuple(tuple((word,) for word in each.split()) for each in words) if words else (),
         symbol_columns=("word",) if words else (),
     )
@@ -37,7 +37,7 @@ def task(
 
 
 def scores(encoded: Encoded) -> dict[str, float]:
-    return {baseline.name: baseline.score for baseline in baselines(encoded)}
+    return {baseline.name: baseline.score for baseline in encoded.task.baselines(encoded)}
 
 
 def test_the_majority_is_that_of_the_training_part() -> None:

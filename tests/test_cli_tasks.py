@@ -16,10 +16,10 @@ import pytest
 import typer
 
 from throughtime.cli import app, main
-from throughtime.tasks import runs
-from throughtime.tasks.config import SECTIONS, Config, Data
-from throughtime.tasks.fitting import Event, fit
-from throughtime.tasks.training import Epoch, Training
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import SECTIONS, Config, Data
+from throughtime.runs.fit import Event, fit
+from throughtime.training.loop import Epoch, Training
 
 QUICK = ["--epochs", "2", "--hidden", "3", "--batch-size", "8"]
 ROLES = ["--sequence-id", "id", "--time", "t", "--target", "label"]
@@ -161,7 +161,7 @@ def test_the_defaults_that_help_shows_are_those_of_the_configuration() -> None:
     command = typer.main.get_command(app)
     options = command.commands["fit"].params  # type: ignore[attr-defined]
     shown = {option.name: option.show_default for option in options if isinstance(option.show_default, str)}
-    config = Config(Data("x"))
+    config = Config(Data(file="x"))
     fields = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
     for section in SECTIONS:
         fields |= {field.name: getattr(fields[section], field.name) for field in dataclasses.fields(fields[section])}

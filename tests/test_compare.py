@@ -9,18 +9,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from as_typed import CLASSIFY, classes_of, encode
+from numpy.typing import NDArray
 from scipy import stats
 
 from throughtime.cli import main
+from throughtime.data.sequences import PER_STEP, Columns, Sequences
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks import findings
-from throughtime.tasks.baselines import Baseline
-from throughtime.tasks.compare import CellResult, Comparison, Interval, Run, compare, parameters, sizes
-from throughtime.tasks.encoding import Encoded, encode
-from throughtime.tasks.model import Shape
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.training import Recipe
+from throughtime.runs import findings
+from throughtime.runs.compare import CellResult, Comparison, Interval, SeedResult, compare, matched, parameters
+from throughtime.tasks.classes import ClassScore
+from throughtime.tasks.encoding import Encoded
+from throughtime.tasks.model import Architecture
+from throughtime.tasks.task import Baseline
+from throughtime.training.recipe import Recipe
 
 PARTS = ("train",) * 30 + ("test",) * 17
 
@@ -51,7 +54,7 @@ def to_tag() -> Encoded:
             tuple(np.zeros((len(text), 0)) for text in texts),
             tuple(("none", *text[:-1]) for text in texts),
             parts=PARTS,
-            task="tag",
+            role=PER_STEP,
             symbols=tuple(tuple((letter,) for letter in text) for text in texts),
             symbol_columns=("letter",),
         )
@@ -73,15 +76,31 @@ def tagged() -> Comparison:
     return compare(LETTERS, cells=["gru", "lstm"], hidden_size=6, recipe=recipe, seeds=2)
 
 
+class MadeUp(ClassScore):
+    """A score with this share of 17 right."""
+
+    headline = 0.0
+
+
+def scored(share: float) -> ClassScore:
+    found = MadeUp(CLASSIFY, None, [torch.zeros(17, dtype=torch.long)], [torch.zeros(17, dtype=torch.long)])  # type: ignore[arg-type]
+    found.headline = share
+    return found
+
+
+def confusion_of(cell: CellResult) -> NDArray[np.int64]:
+    assert isinstance(cell.tested, ClassScore)
+    return cell.tested.confusion
+
+
 def made_up(**scores: list[float]) -> Comparison:
     """A comparison of cells with these scores by seed; each is slower, larger and reaches farther than the last."""
     cells = []
     for place, (name, values) in enumerate(scores.items()):
         norms = (0.5 + 0.2 * place) ** np.arange(6.0)[:, None]
         fall = tuple((0.5 - 0.2 * place) ** epoch for epoch in range(5))
-        said = torch.zeros(17, dtype=torch.long)
         runs = [
-            Run(fall, (9.0, *(0.1 * (1 + place) * (1 + seed / 100),) * 4), 50, value, said, norms, norms)
+            SeedResult(fall, (9.0, *(0.1 * (1 + place) * (1 + seed / 100),) * 4), 50, scored(value), norms, norms)
             for seed, value in enumerate(values)
         ]
         cells.append(CellResult(name, 6, 100 * (place + 1), tuple(runs)))
@@ -96,7 +115,7 @@ def test_parameters_are_those_of_the_cells_formula_and_the_read_out(small: Compa
 
 def test_it_learns_and_its_counts_agree_with_its_scores(small: Comparison) -> None:
     for cell in small.cells:
-        confusion = small.confusion(cell)
+        confusion = confusion_of(cell)
         assert confusion.sum(axis=1).tolist() == [2 * 6, 2 * 6, 2 * 5]
         assert np.trace(confusion) / confusion.sum() == pytest.approx(cell.score.estimate)
         assert cell.score.estimate > 0.8
@@ -109,9 +128,9 @@ def test_tags_are_counted_step_by_step(tagged: Comparison) -> None:
     steps = int(LETTERS.test.lengths.sum())
     assert tagged.counted == steps
     for cell in tagged.cells:
-        confusion = tagged.confusion(cell)
+        confusion = confusion_of(cell)
         assert confusion.sum() == 2 * steps
-        assert confusion[LETTERS.vocabulary.index("none")].sum() == 2 * 17
+        assert confusion[classes_of(LETTERS).index("none")].sum() == 2 * 17
         assert np.trace(confusion) / confusion.sum() == pytest.approx(cell.score.estimate)
         assert cell.score.estimate > 0.85, "nothing but a state knows the symbol before"
     assert tagged.learnt
@@ -153,18 +172,18 @@ def test_every_cell_has_the_same_budget_and_patience_ends_none() -> None:
 @pytest.mark.parametrize("vocabularies", [(), (30, 5)])
 @pytest.mark.parametrize("hidden_size", [1, 7, 100])
 def test_matched_parameters_are_as_close_as_units_allow(vocabularies: tuple[int, ...], hidden_size: int) -> None:
-    shape = Shape("classify", 3, vocabularies, 4, hidden_size)
+    shape = Architecture(CLASSIFY, 3, vocabularies, 4, hidden_size)
     cells = [CELLS[name] for name in ("elman", "gru", "lstm")]
-    found = sizes(cells, shape, "params")
+    found = matched(cells, shape, "params")
     wanted = parameters(CELLS["lstm"], shape)
     assert found[2] == shape
-    for cell, matched in zip(cells, found, strict=True):
-        off = abs(parameters(cell, matched) - wanted)
-        for other in (matched.hidden_size - 1, matched.hidden_size + 1):
+    for cell, own in zip(cells, found, strict=True):
+        off = abs(parameters(cell, own) - wanted)
+        for other in (own.hidden_size - 1, own.hidden_size + 1):
             if other >= 1:
-                assert off <= abs(parameters(cell, replace(matched, hidden_size=other)) - wanted)
+                assert off <= abs(parameters(cell, replace(own, hidden_size=other)) - wanted)
     assert found[0].hidden_size > found[1].hidden_size >= found[2].hidden_size
-    assert sizes(cells, shape, "hidden") == [shape] * 3
+    assert matched(cells, shape, "hidden") == [shape] * 3
 
 
 def test_matched_parameters_are_told_with_their_units() -> None:

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks.config import SECTIONS, Config, Data, Network
-from throughtime.tasks.training import Recipe
+from throughtime.runs.configuration import SECTIONS, Config, Data, Network
+from throughtime.training.recipe import Recipe
 
 EVERYTHING = Config(
     data=Data(
-        "/a/b.csv",
+        file="/a/b.csv",
         **{"task": "tag", "sequence_id": "id", "target": "label", "time": "t", "features": ("x", "y z")},  # type: ignore[arg-type]
         **{"symbols": ("w",), "group": "none", "part": "p", "text": "letters", "sha256": "0" * 64},  # type: ignore[arg-type]
         **{"test_fraction": 0.3, "validation_fraction": 0.0, "split_seed": 7},  # type: ignore[arg-type]
@@ -30,7 +30,7 @@ EVERYTHING = Config(
 )
 
 
-@pytest.mark.parametrize("config", [Config(Data("vowels")), EVERYTHING], ids=["defaults", "everything"])
+@pytest.mark.parametrize("config", [Config(Data(file="vowels")), EVERYTHING], ids=["defaults", "everything"])
 def test_toml_brings_back_every_option_to_the_bit(config: Config):
     assert Config.from_toml(config.to_toml(), "here") == config
     assert config.difference(Config.from_toml(config.to_toml(), "here")) is None
@@ -45,11 +45,11 @@ def test_the_example_of_everything_leaves_no_option_at_its_default():
 
 def test_what_is_written_does_not_depend_on_the_defaults_of_a_later_version():
     """Every option stands in the file, but for those whose default is that they are not there."""
-    written = tomllib.loads(Config(Data("vowels")).to_toml())
+    written = tomllib.loads(Config(Data(file="vowels")).to_toml())
     for name, kind in SECTIONS.items():
         left_out = {entry.name for entry in dataclasses.fields(kind)} - set(written[name])
         assert all(kind.__dataclass_fields__[option].default is None for option in left_out)
-    none = Config(Data("vowels"), training=Recipe(clip=None, patience=None))
+    none = Config(Data(file="vowels"), training=Recipe(clip=None, patience=None))
     assert tomllib.loads(none.to_toml())["training"]["clip"] == "none"
 
 
@@ -129,8 +129,8 @@ def test_typed_nonsense_is_refused(options: dict[str, Any]):
 
 
 def test_the_first_difference_that_decides_numbers_is_named():
-    config = Config(Data("vowels"))
-    other = Config(Data("vowels"), training=Recipe(patience=None), checkpoint_seconds=1.0, overridden=("x",))
+    config = Config(Data(file="vowels"))
+    other = Config(Data(file="vowels"), training=Recipe(patience=None), checkpoint_seconds=1.0, overridden=("x",))
     assert config.difference(other) == "training.patience is 15 and was 'none'"
-    assert config.difference(Config(Data("vowels"), checkpoint_seconds=1.0, overridden=("x",))) is None
-    assert config.difference(Config(Data("vowels", group="g"))) == "data.group is not given and was 'g'"
+    assert config.difference(Config(Data(file="vowels"), checkpoint_seconds=1.0, overridden=("x",))) is None
+    assert config.difference(Config(Data(file="vowels", group="g"))) == "data.group is not given and was 'g'"

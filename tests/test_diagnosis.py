@@ -20,18 +20,19 @@ import throughtime.cli
 from throughtime.equations.catalogue import GRU, LSTM, Elman
 from throughtime.equations.expr import identity
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.insight.diagnosis import Diagnosis, Seen, Training, look, try_remedies
-from throughtime.insight.diagnosis_page import page
+from throughtime.insight.diagnosis import Diagnosis, History, Seen, look, try_remedies
 from throughtime.insight.reach import LayerReach, Reach, reach
 from throughtime.insight.rehearsal import Place
-from throughtime.insight.report import Remedy, render
-from throughtime.insight.verdict import findings, headline, remedies, shares_by_lag
 from throughtime.nn import Recurrent
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config, Data, Network
-from throughtime.tasks.diagnose import diagnose
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.training import Recipe
+from throughtime.report.diagnosis_page import page
+from throughtime.report.page import Remedy, render
+from throughtime.report.verdict import findings, headline, remedies, shares_by_lag
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config, Data, Network
+from throughtime.runs.diagnose import diagnose
+from throughtime.runs.fit import fit
+from throughtime.tasks.classes import ClassCodec
+from throughtime.training.recipe import Recipe
 
 STEPS = 24
 
@@ -200,19 +201,19 @@ def test_a_diagnosis_of_nothing_is_refused() -> None:
         Diagnosis("Elman")
 
 
-def training(**changes: object) -> Training:
+def history(**changes: object) -> History:
     none = np.full(3, math.nan)
-    return dataclasses.replace(Training(none, none, none, np.zeros(3)), **changes)  # type: ignore[arg-type]
+    return dataclasses.replace(History(none, none, none, np.zeros(3)), **changes)  # type: ignore[arg-type]
 
 
 def test_a_window_shorter_than_what_is_needed_is_named_and_a_longer_one_is_not() -> None:
-    found = dataclasses.replace(diagnosed(0.9, 0.9), training=training(truncate=10))
+    found = dataclasses.replace(diagnosed(0.9, 0.9), history=history(truncate=10))
     assert [remedy.call for remedy in remedies(found)] == ["throughtime fit DATA --truncate 24"]
-    assert remedies(dataclasses.replace(found, training=training(truncate=24))) == []
+    assert remedies(dataclasses.replace(found, history=history(truncate=24))) == []
 
 
 def test_truncation_is_offered_only_where_nothing_lasts_and_a_loss_stands_at_every_step() -> None:
-    found = dataclasses.replace(diagnosed(None, 0.2, needs=None), training=training(), by_step=True)
+    found = dataclasses.replace(diagnosed(None, 0.2, needs=None), history=history(), by_step=True)
     [remedy] = remedies(found)
     assert remedy.call == "throughtime fit DATA --truncate 10"
     assert "does not make the network remember longer" in remedy.why
@@ -224,8 +225,8 @@ def test_clipping_is_not_advised_to_one_who_clips() -> None:
     loose = dataclasses.replace(diagnosed(0.9, 0.9), norms=[1.0, 1.0, 30.0], clip=2.0)
     [clip] = remedies(loose)
     assert "The largest norm seen is 30 times the median one" in clip.why
-    clipped = training(thresholds=np.full(3, 2.0))
-    assert remedies(dataclasses.replace(loose, training=clipped)) == []
+    clipped = history(thresholds=np.full(3, 2.0))
+    assert remedies(dataclasses.replace(loose, history=clipped)) == []
     assert remedies(dataclasses.replace(loose, norms=[1.0, 1.0, 3.0])) == []
 
 
@@ -277,12 +278,12 @@ def tagged(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> runs.LoadedRun:
+def run(tmp_path_factory: pytest.TempPathFactory) -> runs.FinishedRun:
     path = tmp_path_factory.mktemp("runs") / "vowels-elman"
-    return fit(Config(Data("vowels"), Network(cell="elman", hidden_size=8), Recipe(epochs=1), seed=3, run=path))
+    return fit(Config(Data(file="vowels"), Network(cell="elman", hidden_size=8), Recipe(epochs=1), seed=3, run=path))
 
 
-def test_a_run_is_looked_into_before_and_after_training(run: runs.LoadedRun) -> None:
+def test_a_run_is_looked_into_before_and_after_training(run: runs.FinishedRun) -> None:
     parts: list[str] = []
     before = torch.get_rng_state()
     found = diagnose(run, rows=6, on_part=parts.append)
@@ -292,8 +293,8 @@ def test_a_run_is_looked_into_before_and_after_training(run: runs.LoadedRun) -> 
     assert found.diagnosis.after is not None
     assert found.diagnosis.needs == round(found.diagnosis.needs or 0) > 5
     assert {trial.name for trial in found.diagnosis.trials} >= {"orthogonal", "GRU", "LSTM, chrono"}
-    assert found.diagnosis.training is not None
-    assert len(found.diagnosis.training.norms) == 1
+    assert found.diagnosis.history is not None
+    assert len(found.diagnosis.history.norms) == 1
     shown = found.page()
     html = render(shown)
     assert len(html) < 2_000_000
@@ -302,11 +303,11 @@ def test_a_run_is_looked_into_before_and_after_training(run: runs.LoadedRun) -> 
         check_call(remedy)
 
 
-def test_the_untrained_network_is_the_one_that_training_began_with(run: runs.LoadedRun) -> None:
+def test_the_untrained_network_is_the_one_that_training_began_with(run: runs.FinishedRun) -> None:
     """Trained for no time at all, a network is as far as the run's own before training."""
     from throughtime.tasks.model import build
 
-    drawn = build(run.model.recurrent.cell, run.model.shape, seed=3)
+    drawn = build(run.model.recurrent.cell, run.model.architecture, seed=3)
     untrained = dataclasses.replace(run, model=drawn.eval())
     found = diagnose(untrained, rows=4).diagnosis
     assert found.before is not None
@@ -317,23 +318,23 @@ def test_the_untrained_network_is_the_one_that_training_began_with(run: runs.Loa
     assert (trained.after.reach[0].gradient.share[1:] != found.before.reach[0].gradient.share[1:]).all()
 
 
-def test_the_read_out_asked_at_every_step_is_the_networks_own(run: runs.LoadedRun) -> None:
-    from throughtime.tasks.diagnose import _asked, _losses_by_row, _part
+def test_the_read_out_asked_at_every_step_is_the_networks_own(run: runs.FinishedRun) -> None:
+    from throughtime.runs.diagnose import _part, asked_at_every_step, losses_of
 
     part, _ = _part(run, None)
     batch = part.batch(range(5))
-    asked = _asked(run.model, batch)
+    asked = asked_at_every_step(run.model, batch)
     assert asked is not None
     model, by_step = asked
     with torch.no_grad():
         losses = by_step(model(batch))
-        expected = _losses_by_row(batch)(run.model(batch))
+        expected = losses_of(run.model.task, batch)(run.model(batch))
     torch.testing.assert_close(losses[batch.lengths - 1, torch.arange(5)], expected)
 
 
 def test_a_run_that_tags_in_both_directions_is_looked_into(tagged: Path, tmp_path: Path) -> None:
     network = Network(cell="gru", hidden_size=4, num_layers=2, bidirectional=True)
-    made = fit(Config(Data(str(tagged), task="tag"), network, Recipe(epochs=1), run=tmp_path / "run"))
+    made = fit(Config(Data(file=str(tagged), task="tag"), network, Recipe(epochs=1), run=tmp_path / "run"))
     found = diagnose(made, str(tagged), rows=5)
     assert found.diagnosis.needs is None
     assert found.diagnosis.by_step
@@ -344,17 +345,19 @@ def test_a_run_that_tags_in_both_directions_is_looked_into(tagged: Path, tmp_pat
     assert "layer 1, backward" in render(shown)
 
 
-def test_what_does_not_fit_is_refused(run: runs.LoadedRun, tagged: Path, tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused(run: runs.FinishedRun, tagged: Path, tmp_path: Path) -> None:
     with pytest.raises(ThroughtimeError, match="needs is 0"):
         diagnose(run, needs=0)
     with pytest.raises(DataError):
         diagnose(run, str(tagged))
-    other = dataclasses.replace(run, encoder=dataclasses.replace(run.encoder, classes=run.encoder.classes[::-1]))
+    assert isinstance(run.encoder.codec, ClassCodec)
+    codec = dataclasses.replace(run.encoder.codec, classes=run.encoder.codec.classes[::-1])
+    other = dataclasses.replace(run, encoder=dataclasses.replace(run.encoder, codec=codec))
     with pytest.raises(ThroughtimeError, match="is not what the run was trained on"):
         diagnose(other)
 
 
-def test_a_network_whose_numbers_break_down_is_refused_with_the_place_where(run: runs.LoadedRun) -> None:
+def test_a_network_whose_numbers_break_down_is_refused_with_the_place_where(run: runs.FinishedRun) -> None:
     broken = copy.deepcopy(run.model)
     with torch.no_grad():
         broken.recurrent.get_parameter("weight_hh_l0")[2, 3] = math.nan
@@ -363,7 +366,7 @@ def test_a_network_whose_numbers_break_down_is_refused_with_the_place_where(run:
 
 
 def test_the_command_writes_one_page_and_prints_the_verdict(
-    run: runs.LoadedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: runs.FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(throughtime.cli.app, ["diagnose", str(run.path), "--rows", "3", "--needs", "4"])
@@ -397,6 +400,6 @@ def test_every_remedy_names_code_that_exists() -> None:
         for trial in try_remedies(model, inputs(2), loss, needs=5):
             check_call(Remedy(trial.title, "", trial.call))
     loose = dataclasses.replace(diagnosed(0.9, 0.9), norms=[1.0, 1.0, 30.0], clip=2.0)
-    window = dataclasses.replace(diagnosed(0.9, 0.9), training=training(truncate=10))
+    window = dataclasses.replace(diagnosed(0.9, 0.9), history=history(truncate=10))
     for remedy in (*remedies(loose), *remedies(window)):
         check_call(remedy)

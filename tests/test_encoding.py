@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from as_typed import classes_of, encode, encoder_of, split, targets_of
 from hypothesis import given
 from hypothesis import strategies as st
 
+from throughtime.data.batches import Part
+from throughtime.data.encoding import UNKNOWN, Scaler
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Columns, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks.encoding import UNKNOWN, Encoder, Part, Scaler, encode
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.splitting import split
+from throughtime.tasks.encoding import Encoder
 
 COLUMNS = Columns(sequence_id="id", time="t", target="y", group="g", part="p")
 
@@ -65,8 +67,8 @@ def test_classes_are_numbered_by_value_and_labels_found_again() -> None:
     sequences = replace(labelled("abcd" * 3), labels=labels)
     train = split(sequences).train
     encoded = encode(sequences)
-    assert encoded.vocabulary == ("2", "9", "10", "b")
-    assert [encoded.vocabulary[i] for i in encoded.train.classes] == [labels[i] for i in train]
+    assert classes_of(encoded) == ("2", "9", "10", "b")
+    assert [classes_of(encoded)[i] for i in targets_of(encoded.train)] == [labels[i] for i in train]
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -96,7 +98,7 @@ def tagged() -> Sequences:
         steps=tuple(np.arange(length, dtype=np.float64)[:, None] for length in (2, 1, 3)),
         labels=(("B", "O"), ("O",), ("O", "O", "B")),
         parts=("train", "train", "test"),
-        task="tag",
+        role=PER_STEP,
         symbols=(
             (("the", "D"), ("dog", "N")),
             (("runs", "V"),),
@@ -112,7 +114,7 @@ def test_every_symbol_of_the_training_part_has_a_number_and_all_others_are_unkno
     assert encoder.vocabularies == ((UNKNOWN, "dog", "runs", "the"), (UNKNOWN, "D", "N", "V"))
     assert [symbols.tolist() for symbols in encoded.train.symbols] == [[[3, 1], [1, 2]], [[2, 3]]]
     assert [symbols.tolist() for symbols in encoded.test.symbols] == [[[3, 1], [0, 2], [0, 0]]]
-    assert encoded.vocabulary == encoder.classes == ("B", "O")
+    assert classes_of(encoded) == classes_of(encoder) == ("B", "O")
     assert isinstance(encoded.test.targets, tuple)
     assert encoded.test.targets[0].tolist() == [1, 1, 0]
     assert encoded.notices == (
@@ -149,16 +151,14 @@ def test_a_batch_is_padded_with_zeros_behind_each_end() -> None:
     assert torch.equal(turned.x, batch.x.flip(1))
     assert len(turned) == 2
     classified = Part((torch.ones(2, 1), torch.ones(1, 1)), torch.tensor([4, 5])).subset([1, 0, 1])
-    assert classified.classes.tolist() == [5, 4, 5]
+    assert targets_of(classified).tolist() == [5, 4, 5]
     assert classified.batch([2]).targets.tolist() == [5]
     assert classified.batch().symbols.shape == (2, 3, 0)
-    with pytest.raises(TypeError, match="use targets"):
-        _ = train.classes
 
 
 def test_columns_are_found_by_name_in_any_order() -> None:
     sequences = tagged()
-    encoder = Encoder.fit(sequences)
+    encoder = encoder_of(sequences)
     turned = replace(
         sequences,
         symbols=tuple(tuple(step[::-1] for step in steps) for steps in sequences.symbols),
@@ -178,7 +178,10 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
         "small.conll: no feature column 'a', which was in training; add it (the feature columns are none)",
     ),
     "another symbol column": ({"symbol_columns": ("word", "tag")}, "no symbol column 'pos', which was in training"),
-    "another task": ({"task": "classify", "labels": ("B", "O", "O")}, "read to classify, and this model is to tag"),
+    "another task": (
+        {"role": PER_SEQUENCE, "labels": ("B", "O", "O")},
+        "with one label for each sequence, and this model",
+    ),
     "a new label": (
         {"labels": (("B", "O"), ("O",), ("O", "X", "B"))},
         "small.conll, column 'y': label 'X' in sequence '3', step 2 was not in training, which had 'B', 'O'; mend it",
@@ -190,7 +193,7 @@ MISFITS: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", MISFITS)
 def test_a_file_that_does_not_fit_the_training_file_is_refused(case: str) -> None:
     change, expected = MISFITS[case]
-    encoder = Encoder.fit(tagged())
+    encoder = encoder_of(tagged())
     with pytest.raises(DataError) as refusal:
         encoder.part(replace(tagged(), **change))
     assert expected in str(refusal.value)
@@ -198,11 +201,11 @@ def test_a_file_that_does_not_fit_the_training_file_is_refused(case: str) -> Non
 
 
 def test_without_labels_a_part_has_none() -> None:
-    encoder = Encoder.fit(tagged())
+    encoder = encoder_of(tagged())
     part = encoder.part(replace(tagged(), labels=()), labelled=False)
     assert (part.labelled, part.batch().targets.shape) == (False, (0,))
     with pytest.raises(DataError, match="was read without labels"):
-        Encoder.fit(replace(tagged(), labels=()))
+        encoder_of(replace(tagged(), labels=()))
 
 
 def test_a_single_class_is_refused_before_anything_is_split() -> None:
@@ -211,12 +214,12 @@ def test_a_single_class_is_refused_before_anything_is_split() -> None:
     with pytest.raises(DataError, match="only one label, 'O': a tagger needs two or more"):
         encode(replace(tagged(), labels=(("O", "O"), ("O",), ("O", "O", "O"))))
     with pytest.raises(DataError, match="only one class, 'a'"):
-        Encoder.fit(labelled("abab"), [0, 2])
+        encoder_of(labelled("abab"), [0, 2])
 
 
 def test_a_step_of_a_stream_is_encoded_as_the_file_would_be() -> None:
     sequences = tagged()
-    encoder = Encoder.fit(sequences, [0, 1])
+    encoder = encoder_of(sequences, [0, 1])
     part = encoder.part(sequences, [2])
     for t, (word, pos) in enumerate(sequences.symbols[2]):
         number = float(sequences.steps[2][t, 0])
@@ -244,7 +247,7 @@ def test_a_step_of_a_stream_is_encoded_as_the_file_would_be() -> None:
 )
 def test_a_step_that_does_not_fit_is_refused(values: Any, expected: str) -> None:
     with pytest.raises(DataError) as refusal:
-        Encoder.fit(tagged()).step(values)
+        encoder_of(tagged()).step(values)
     assert expected in str(refusal.value)
 
 
@@ -263,13 +266,14 @@ def test_an_encoder_goes_through_json_to_the_bit(numbers: list[float], symbols: 
         labels=(("B", "O") * length, ("O",) * length, ("B",) * length),
         symbols=(tuple((symbols[t % len(symbols)], "D") for t in range(length)),) * 3,
     )
-    encoder = Encoder.fit(sequences)
+    encoder = encoder_of(sequences)
     again = Encoder.from_json(json.loads(json.dumps(encoder.to_json())))
     for name in ("mean", "scale", "constant"):
-        left, right = getattr(again.scaler, name), getattr(encoder.scaler, name)
+        left, right = getattr(again.inputs.scaler, name), getattr(encoder.inputs.scaler, name)
         assert (left.tobytes(), left.dtype, left.shape) == (right.tobytes(), right.dtype, right.shape)
-    for name in ("task", "features", "symbol_columns", "vocabularies", "classes"):
+    for name in ("task", "features", "symbol_columns", "vocabularies"):
         assert getattr(again, name) == getattr(encoder, name)
+    assert classes_of(again) == classes_of(encoder)
 
 
 DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
@@ -299,12 +303,12 @@ DAMAGED: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_damaged_encoder_is_refused_by_name(case: str) -> None:
     change, expected = DAMAGED[case]
     with pytest.raises(DataError) as refusal:
-        Encoder.from_json({**Encoder.fit(tagged()).to_json(), **change}, "run/encoder.json")
+        Encoder.from_json({**encoder_of(tagged()).to_json(), **change}, "run/encoder.json")
     assert f"run/encoder.json: {expected}" in str(refusal.value)
 
 
 def test_an_encoder_that_lacks_an_entry_or_is_none_is_refused() -> None:
-    whole = Encoder.fit(tagged()).to_json()
+    whole = encoder_of(tagged()).to_json()
     for name in whole:
         lacking = {key: value for key, value in whole.items() if key != name}
         with pytest.raises(DataError, match=f"'{name}' is"):

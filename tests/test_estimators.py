@@ -19,9 +19,9 @@ from sklearn.preprocessing import FunctionTransformer, StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import throughtime as tt
+from throughtime.data.arrays import sequences_of
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks.arrays import sequences_of
-from throughtime.tasks.estimators import SequenceClassifier, SequenceTagger
+from throughtime.estimators import SequenceClassifier, SequenceTagger
 
 QUICK: dict[str, Any] = {"hidden_size": 8, "epochs": 8, "batch_size": 64, "learning_rate": 0.05}
 SMALL: dict[str, Any] = {"hidden_size": 8, "epochs": 25, "batch_size": 16, "learning_rate": 0.03, "random_state": 0}
@@ -220,7 +220,7 @@ def test_a_long_table_becomes_a_list_that_no_split_can_cut() -> None:
     assert [each.columns.tolist() for each in x] == [["pitch"]] * 40
     assert np.concatenate([each["pitch"] for each in x]).tolist() == [row[3] for row in rows]
     assert SequenceClassifier(**SMALL).fit(x, y).predict(x[:3]).dtype == np.int64
-    x, y, _ = sequences_of(frame, sequence_id="id", time="t", target="label", task="tag")
+    x, y, _ = sequences_of(frame, sequence_id="id", time="t", target="label", by_step=True)
     assert SequenceTagger(**SMALL).fit(x, y).score(x, y) > 0.5
     assert sequences_of(frame, sequence_id="id").y == []
     for columns, change, expected in (
@@ -279,5 +279,5 @@ def test_labels_that_do_not_fit_the_steps_are_refused(x: Any, y: Any, options: A
 
 
 def test_only_who_wants_the_estimators_loads_scikit_learn() -> None:
-    program = "import sys, throughtime, throughtime.tasks, throughtime.cli; print('sklearn' in sys.modules)"
+    program = "import sys, throughtime, throughtime.runs.serve, throughtime.cli; print('sklearn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True).stdout == "False\n"

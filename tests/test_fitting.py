@@ -11,18 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from as_typed import encode, predict, read, targets_of
 
 from throughtime import cell
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import CellError, DataError, ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.encoding import encode
-from throughtime.tasks.fitting import Event, Notice, cell_of, fit
-from throughtime.tasks.model import predict
-from throughtime.tasks.reading import read
-from throughtime.tasks.runs import LoadedRun
-from throughtime.tasks.training import Epoch, Progress
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import Event, Notice, cell_of, fit
+from throughtime.runs.folder import FinishedRun
+from throughtime.training.loop import Epoch, Progress
 
 COLUMNS: dict[str, Any] = {"sequence_id": "id", "target": "label", "time": "t"}
 SMALL: dict[str, Any] = {"hidden_size": 6, "epochs": 8, "batch_size": 8, "learning_rate": 0.02}
@@ -66,7 +64,7 @@ def told() -> list[Event]:
 
 
 @pytest.fixture(scope="module")
-def run(folder: Path, told: list[Event]) -> LoadedRun:
+def run(folder: Path, told: list[Event]) -> FinishedRun:
     return fit(config(folder, "signs"), on_event=told.append)
 
 
@@ -75,30 +73,30 @@ def config(folder: Path, name: str, **options: Any) -> Config:
     return Config.resolve(given | options)
 
 
-def same_weights(one: LoadedRun, other: LoadedRun) -> bool:
+def same_weights(one: FinishedRun, other: FinishedRun) -> bool:
     mine, theirs = one.model.state_dict(), other.model.state_dict()
     return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
 
 
-def without_times(run: LoadedRun) -> list[dict[str, Any]]:
+def without_times(run: FinishedRun) -> list[dict[str, Any]]:
     timed = ("seconds", "steps_per_second")
     return [{name: value for name, value in line.items() if name not in timed} for line in run.metrics]
 
 
-def test_the_score_is_that_of_the_kept_model_on_sequences_it_has_not_seen(run: LoadedRun, folder: Path):
+def test_the_score_is_that_of_the_kept_model_on_sequences_it_has_not_seen(run: FinishedRun, folder: Path):
     sequences = read(str(folder / "signs.csv"), **COLUMNS)
     encoded = encode(sequences, test_fraction=0.25, validation_fraction=0.15, seed=0)
     assert encoded.encoder.to_json() == run.encoder.to_json()
-    said = torch.as_tensor(predict(run.model, encoded.test))
-    assert run.result["score"] == float((said == encoded.test.classes).double().mean())
+    said = torch.stack(predict(run.model, encoded.test))
+    assert run.result["score"] == float((said == targets_of(encoded.test)).double().mean())
     assert run.result["count"] == len(encoded.test) == 16
-    majority = max(torch.bincount(encoded.test.classes).tolist()) / 16
+    majority = max(torch.bincount(targets_of(encoded.test)).tolist()) / 16
     shown = {row["name"]: row["score"] for row in run.result["baselines"]}
     assert len(shown) == 2
     assert pytest.approx(majority) in shown.values()
 
 
-def test_every_update_and_epoch_is_told_and_kept(run: LoadedRun, told: list[Event]):
+def test_every_update_and_epoch_is_told_and_kept(run: FinishedRun, told: list[Event]):
     epochs = [event for event in told if isinstance(event, Epoch)]
     steps = [event for event in told if isinstance(event, Progress)]
     assert [line["loss"] for line in run.epochs] == [epoch.loss for epoch in epochs]
@@ -109,7 +107,7 @@ def test_every_update_and_epoch_is_told_and_kept(run: LoadedRun, told: list[Even
     assert run.result["epochs"] == len(epochs) == 8
 
 
-def test_the_kept_configuration_makes_the_same_run_to_the_bit(run: LoadedRun, folder: Path):
+def test_the_kept_configuration_makes_the_same_run_to_the_bit(run: FinishedRun, folder: Path):
     again = fit(Config.resolve({"run": folder / "again"}, run.path / runs.CONFIG))
     assert same_weights(again, run)
     assert without_times(again) == without_times(run)
@@ -128,10 +126,18 @@ def test_data_that_have_changed_are_refused_by_the_kept_configuration(tmp_path: 
     assert not (tmp_path / "again.partial").exists()
 
 
+def test_the_program_on_the_card_loads_the_run(run: FinishedRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(run.path.parent)
+    program = (run.path / runs.CARD).read_text().split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(program, names)
+    assert same_weights(names["run"], run)
+
+
 def test_a_run_to_tag_beats_what_looks_at_one_word(folder: Path):
     options = {"file": str(folder / "words.conll"), "task": "tag", "run": folder / "words", **SMALL}
     run = fit(Config.resolve({**options, "truncate": 3, "num_layers": 2, "cell": "lstm", "patience": "none"}))
-    assert run.encoder.task == "tag"
+    assert run.encoder.task.name == "tag"
     assert run.result["count"] > run.result["epochs"]
     best = max(row["score"] for row in run.result["baselines"])
     assert run.result["score"] > best
@@ -173,7 +179,7 @@ def test_a_cell_that_cannot_be_found_is_refused_before_anything_is_made(folder: 
         ({"target": "lable"}, "did you mean 'label'"),
         ({"file": "no-such-file.csv"}, "no such file"),
         ({"test_fraction": 0.9}, "test fraction"),
-        ({"truncate": 3}, "truncate is for the task tag"),
+        ({"truncate": 3}, r"truncate is for tasks that answer at every step \(tag\)"),
         ({"learning_rate": 1e37, "clip": "none"}, "not finite in epoch"),
     ],
 )
@@ -189,7 +195,7 @@ def test_a_run_needs_a_name(folder: Path):
         fit(dataclasses.replace(config(folder, "x"), run=None))
 
 
-def test_resuming_what_is_finished_returns_it_and_what_is_not_there_begins(run: LoadedRun, folder: Path):
+def test_resuming_what_is_finished_returns_it_and_what_is_not_there_begins(run: FinishedRun, folder: Path):
     said: list[Event] = []
     (run.path / runs.LOCK).touch()  # as if it had been killed in the end
     again = fit(config(folder, "signs"), resume=True, on_event=said.append)
@@ -251,7 +257,7 @@ def test_a_loss_that_is_not_finite_on_other_parts_is_said_and_never_the_best(tmp
     assert any("the loss on the test part is not finite" in event.text for event in said if isinstance(event, Notice))
 
 
-def test_the_card_says_what_the_metrics_say(run: LoadedRun):
+def test_the_card_says_what_the_metrics_say(run: FinishedRun):
     card = (run.path / runs.CARD).read_text()
     score, count = run.result["score"], run.result["count"]
     assert f"GRU gets {score:.1%} of {count} test sequences right" in card
@@ -265,14 +271,14 @@ def test_the_card_says_what_the_metrics_say(run: LoadedRun):
     assert "38 for training, 6 for validation, 16 for test" in card
 
 
-def test_the_report_is_one_page_with_the_score_and_the_curves(run: LoadedRun):
+def test_the_report_is_one_page_with_the_score_and_the_curves(run: FinishedRun):
     page = (run.path / runs.REPORT).read_text()
     assert f"{run.result['score']:.1%}" in page
     assert page.count("<svg") == 4
     assert not re.search(r"<script|https?://(?!www\.w3\.org)", page)
 
 
-def test_the_environment_is_told(run: LoadedRun):
+def test_the_environment_is_told(run: FinishedRun):
     told = json.loads((run.path / runs.ENVIRONMENT).read_text())
     assert told["packages"]["torch"] == torch.__version__
     assert told["threads"] == 1

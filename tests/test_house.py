@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,23 @@ from pathlib import Path
 import pytest
 
 import throughtime
+from throughtime.tasks.table import TASKS
 
 ROOT = Path(throughtime.__file__).parent
 MODULES = sorted(ROOT.rglob("*.py"))
-FLOORS = {"errors": 0, "equations": 1, "engine": 2, "nn": 3, "insight": 4, "interop": 4, "tasks": 5, "cli": 6}
+FLOORS = {
+    "errors": 0,
+    "equations": 1,
+    "engine": 2,
+    "nn": 3,
+    **{"insight": 4, "interop": 4, "data": 4},
+    "report": 5,
+    "tasks": 6,
+    "training": 7,
+    "runs": 8,
+    "estimators": 9,
+    "cli": 10,
+}
 HEAVY = {
     "numba",
     "llvmlite",
@@ -27,6 +41,8 @@ HEAVY = {
     "onnx",
     "onnxruntime",
     "onnxscript",
+    "keras",
+    "h5py",
 }
 EXECUTES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
@@ -69,7 +85,7 @@ def trees() -> dict[Path, ast.Module]:
 def test_every_module_has_a_floor():
     parts = {part_of(name_of(path)) for path in MODULES} - {""}
     assert parts <= set(FLOORS)
-    assert {"equations", "engine", "nn", "insight", "tasks", "cli", "errors"} <= parts
+    assert {"equations", "engine", "nn", "insight", "data", "tasks", "training", "runs", "cli", "errors"} <= parts
 
 
 def test_imports_run_downwards_only(trees: dict[Path, ast.Module]):
@@ -124,7 +140,7 @@ def test_heavy_modules_wait_until_they_are_needed(trees: dict[Path, ast.Module])
     early = []
     for path, tree in trees.items():
         allowed = {"numba", "llvmlite", "triton"} if path.parent == ROOT / "engine/targets/cpu" else set()
-        if path == ROOT / "tasks/estimators.py":
+        if path == ROOT / "estimators.py":
             allowed = {"sklearn"}  # its classes inherit from scikit-learn's; nothing of the library imports it
         for module, line in imports(tree, at_load=True):
             if module.split(".")[0] in HEAVY - allowed:
@@ -137,7 +153,7 @@ def test_nothing_but_its_user_imports_the_estimators(trees: dict[Path, ast.Modul
     assert not [
         path
         for path, tree in trees.items()
-        if any(module.startswith("throughtime.tasks.estimators") for module, _ in imports(tree))
+        if any(module.startswith("throughtime.estimators") for module, _ in imports(tree))
     ]
 
 
@@ -155,6 +171,66 @@ def test_nothing_loads_what_could_execute(trees: dict[Path, ast.Module]):
 
 def test_no_drawer_for_odds_and_ends():
     assert not [path for path in MODULES if path.stem in ("utils", "util", "helpers", "misc", "common")]
+
+
+FILES_OF_TASKS = ("tasks/classify.py", "tasks/tag.py")
+NAMES_OF_TASKS = re.compile(r"\b(classif(y|ies|ied|ier)s?|tag(s|ged|ger|gers)?)\b")
+
+
+def test_nothing_but_its_file_and_its_row_names_a_task(trees: dict[Path, ast.Module]):
+    """No text of the program, messages and help included, says which task it is about; docstrings may give examples.
+
+    `tasks/table.py` has the rows and `estimators.py` a class for each, both by the tasks' own classes.
+    """
+    assert {f"tasks/{name}.py" for name in TASKS} == set(FILES_OF_TASKS)
+    named = []
+    for path, tree in trees.items():
+        place = str(path.relative_to(ROOT))
+        documentation = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        texts = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+        for node in () if place in FILES_OF_TASKS else texts:
+            if id(node) not in documentation and NAMES_OF_TASKS.search(str(node.value)):
+                named.append(f"{place}:{node.lineno} says {node.value!r}")
+        if place not in (*FILES_OF_TASKS, "tasks/table.py", "estimators.py"):
+            named += [
+                f"{place}:{line} imports {module}"
+                for module, line in imports(tree)
+                if module in [f"throughtime.tasks.{name}" for name in TASKS]
+            ]
+    assert not named
+
+
+INSIDE = {
+    "data": "sequences packaged files tables batches arrays splitting encoding formats reading",
+    "tasks": "task model classes classify|tag table encoding",
+    "training": "recipe evaluation loop",
+    "runs": "configuration folder card fit serve export streaming compare findings diagnose",
+    "report": "page drawing verdict diagnosis_page",
+}
+"""Rooms whose files stand one upon the other, the lowest first; `a|b` are beside one another."""
+
+
+def test_inside_a_room_imports_run_downwards_too(trees: dict[Path, ast.Module]):
+    upwards = []
+    for room, files in INSIDE.items():
+        level = {name: place for place, names in enumerate(files.split()) for name in names.split("|")}
+        for path, tree in trees.items():
+            own = name_of(path).split(".")[1:]
+            if own[0:1] != [room] or len(own) < 2:
+                continue
+            assert own[1] in level, f"{path.relative_to(ROOT)} has no place in INSIDE"
+            for module, line in imports(_at_run_time(tree)):
+                other = module.split(".")[1:]
+                inside = other[:1] == [room] and len(other) > 1 and other[1] in level and other[1] != own[1]
+                if inside and level[other[1]] >= level[own[1]]:
+                    upwards.append(f"{path.relative_to(ROOT)}:{line} imports {module}")
+    assert not upwards
+
+
+def _at_run_time(tree: ast.Module) -> ast.Module:
+    """Without what only types need."""
+    body = [node for node in tree.body if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")]
+    return ast.Module(body, [])
 
 
 def test_public_names_are_what_the_package_says():

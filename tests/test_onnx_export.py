@@ -28,10 +28,11 @@ from throughtime.interop.onnx.check import SHARE, Case, check, difference, other
 from throughtime.interop.onnx.graph import Graph
 from throughtime.interop.onnx.steps import _log1p, _sign
 from throughtime.nn.recurrent import Layer
-from throughtime.tasks import exporting, serving
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import LoadedRun
+from throughtime.runs import export as exporting
+from throughtime.runs import serve as serving
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import FinishedRun
 
 ROOT = Path(__file__).parent.parent
 
@@ -304,7 +305,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def runs(folder: Path) -> dict[str, LoadedRun]:
+def runs(folder: Path) -> dict[str, FinishedRun]:
     up = {"file": str(folder / "up.jsonl"), "run": folder / "up", "num_layers": 2, "cell": "lstm", **SMALL}
     tags = {"file": str(folder / "tags.jsonl"), "run": folder / "tags", "task": "tag", **SMALL}
     return {
@@ -316,7 +317,7 @@ def runs(folder: Path) -> dict[str, LoadedRun]:
 
 @pytest.mark.parametrize("name", ["up", "streamed", "tags"])
 def test_a_run_answers_without_torch_as_it_does_with_it(
-    name: str, runs: dict[str, LoadedRun], folder: Path, tmp_path: Path
+    name: str, runs: dict[str, FinishedRun], folder: Path, tmp_path: Path
 ):
     loaded = runs[name]
     data = folder / ("tags.jsonl" if name == "tags" else "up.jsonl")
@@ -337,7 +338,7 @@ def test_a_run_answers_without_torch_as_it_does_with_it(
             np.testing.assert_allclose(line["probabilities"][label], share, atol=1e-5)
 
 
-def test_a_runs_step_is_its_stream(runs: dict[str, LoadedRun], tmp_path: Path):
+def test_a_runs_step_is_its_stream(runs: dict[str, FinishedRun], tmp_path: Path):
     loaded = runs["streamed"]
     exporting.export(loaded, tmp_path / "step.onnx", "onnx-step")
     stream = loaded.model.stream(1)
@@ -353,11 +354,11 @@ def test_a_runs_step_is_its_stream(runs: dict[str, LoadedRun], tmp_path: Path):
     assert [path.name for path in tmp_path.iterdir()] == ["step.onnx"]
 
 
-def test_the_words_of_a_run_are_in_the_file(runs: dict[str, LoadedRun], tmp_path: Path):
+def test_the_words_of_a_run_are_in_the_file(runs: dict[str, FinishedRun], tmp_path: Path):
     exporting.export(runs["up"], tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     words = {n: json.loads(t) for n, t in session.get_modelmeta().custom_metadata_map.items()}
-    assert words["throughtime.classes"] == list(runs["up"].encoder.classes)
+    assert words["throughtime.classes"] == ["down", "up"]
     assert words["throughtime.vocabularies"] == [["", "a", "b", "c"]]
     assert words["throughtime.features"] == ["x1", "x2"]
     assert {value.name for value in session.get_inputs()} == {"x", "symbols"}
@@ -366,7 +367,7 @@ def test_the_words_of_a_run_are_in_the_file(runs: dict[str, LoadedRun], tmp_path
 @pytest.mark.parametrize("form", ["onnx", "onnx-step"])
 def test_the_command_writes_the_file_or_says_why_not(
     form: str,
-    runs: dict[str, LoadedRun],
+    runs: dict[str, FinishedRun],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

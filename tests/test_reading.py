@@ -6,9 +6,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from as_typed import read as read_any
 
+from throughtime.data.formats.format import Asked
+from throughtime.data.formats.long_tables import read_long_table
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks.reading import Columns, Sequences, read_sequences, read_shipped
 
 COLUMNS = Columns(sequence_id="id", time="t", target="y")
 HEADER = "id,t,y,a,b\n"
@@ -19,6 +22,10 @@ def read(folder: Path, content: str | bytes, columns: Columns = COLUMNS, name: s
     path = folder / name
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     return read_sequences(path, columns)
+
+
+def read_sequences(path: Path, columns: Columns) -> Sequences:
+    return read_long_table(path, Asked(columns))
 
 
 def assert_same(left: Sequences, right: Sequences) -> None:
@@ -187,7 +194,7 @@ def test_a_column_with_two_roles_is_refused(tmp_path: Path) -> None:
 
 
 def test_japanese_vowels_is_as_published() -> None:
-    vowels = read_shipped("vowels")
+    vowels = read_any("vowels")
     parts = np.array(vowels.parts)
     labels = np.array(vowels.labels, dtype=int)
     assert np.bincount(labels[parts == "train"])[1:].tolist() == [30] * 9

@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from as_typed import read
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks.reading import Sequences, read
 
 JSONL = '{"x": [[1.5, -2], [2.5, 0]], "label": "u"}\n{"x": [[3, 1e-3]], "label": "v"}\n'
 TEXT = "good\ta fine film\nbad\ta dull film, badly made\n"
@@ -36,7 +37,7 @@ def test_json_lines_hold_numbers_labels_and_lengths(tmp_path: Path) -> None:
     assert (sequences.ids, sequences.labels, sequences.features) == (("1", "2"), ("u", "v"), ("x1", "x2"))
     np.testing.assert_array_equal(sequences.steps[0], [[1.5, -2], [2.5, 0]])
     np.testing.assert_array_equal(sequences.steps[1], [[3, 1e-3]])
-    assert (sequences.symbols, sequences.symbol_columns, sequences.task) == ((), (), "classify")
+    assert (sequences.symbols, sequences.symbol_columns, sequences.role) == ((), (), PER_SEQUENCE)
 
 
 def test_json_lines_hold_symbols_beside_numbers_with_names_of_their_own(tmp_path: Path) -> None:
@@ -91,9 +92,12 @@ JSONL_REFUSED: dict[str, tuple[str | bytes, str]] = {
     "an unknown key": (JSONL + '{"x": [[1, 2]], "lable": "u"}\n', "line 3: the key 'lable' has no meaning here"),
     "no numbers": ('{"label": "u"}\n', "line 1: has neither 'x' nor 'symbols'"),
     "no label": ('{"x": [1]}\n', "line 1: lacks the target 'label'; add it to every line"),
-    "labels to classify": ('{"x": [1], "labels": ["u"]}\n', "it has 'labels': --task tag"),
+    "labels to classify": ('{"x": [1], "labels": ["u"]}\n', "it has 'labels' (--task tag)"),
     "a label missing once": (JSONL + '{"x": [[1, 2]]}\n', "line 3: lacks the key 'label', and line 1 has it"),
-    "a list for a label": ('{"x": [1], "label": ["u"]}\n', "line 1: 'label' is a list; one label is needed"),
+    "a list for a label": (
+        '{"x": [1], "label": ["u"]}\n',
+        "line 1: 'label' is a list; give one label, or ask",
+    ),
     "an empty label": ('{"x": [1], "label": ""}\n', "line 1: 'label' holds an empty text"),
     "a label of null": ('{"x": [1], "label": null}\n', "line 1: 'label' holds null; give text or a whole number"),
     "a label of another kind": (JSONL + '{"x": [[1, 2]], "label": 3}\n', "line 3: 'label' holds 3, and \"u\" before"),
@@ -157,7 +161,7 @@ def test_labels_that_do_not_fit_the_steps_are_refused(tmp_path: Path) -> None:
     text = '{"x": [1, 2], "labels": "uv"}\n'
     assert_refused(tmp_path, "a.jsonl", text, "line 1: 'labels' is \"uv\", and the sequence 2 steps", task="tag")
     single = '{"x": [1, 2], "label": "u"}\n'
-    assert_refused(tmp_path, "a.jsonl", single, "it has 'label': --task classify", task="tag")
+    assert_refused(tmp_path, "a.jsonl", single, "it has 'label' (--task classify)", task="tag")
 
 
 # Lines of text
@@ -218,7 +222,7 @@ def test_conll_columns_are_symbols_but_for_the_last_which_is_the_label(tmp_path:
     assert sequences.ids == ("1", "4")  # the lines where sentences begin
     assert sequences.symbols[0] == (("The", "DT"), ("dog", "NN"))
     assert sequences.labels == (("O", "B-X"), ("O", "O", "O"))
-    assert (sequences.symbol_columns, sequences.features, sequences.task) == (("1", "2"), (), "tag")
+    assert (sequences.symbol_columns, sequences.features, sequences.role) == (("1", "2"), (), PER_STEP)
     assert [steps.shape for steps in sequences.steps] == [(2, 0), (3, 0)]
 
 
@@ -288,7 +292,7 @@ def test_packed_files_and_byte_order_marks_change_nothing(tmp_path: Path, name: 
 
 def test_what_does_not_fit_the_format_is_refused(tmp_path: Path) -> None:
     assert_refused(tmp_path, "a.txt", TEXT, "lines of text have one label each", task="tag")
-    assert_refused(tmp_path, "a.conll", CONLL, "have a label for each token, so they are to tag")
+    assert_refused(tmp_path, "a.conll", CONLL, "have a label for each token; ask for one at every step (--task tag)")
     assert_refused(tmp_path, "a.jsonl", JSONL, "--time means nothing for JSON lines; leave it out", time="t")
     assert_refused(tmp_path, "a.txt", TEXT, "--sequence-id means nothing for lines of text", sequence_id="t")
     assert_refused(tmp_path, "a.conll", CONLL, "--text means nothing for CoNLL columns", task="tag", text="words")

@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from as_typed import read
 
+from throughtime.data import files
+from throughtime.data.formats.format import Asked
+from throughtime.data.formats.long_tables import read_long_table
+from throughtime.data.sequences import PER_STEP, Columns, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks import files
-from throughtime.tasks.reading import Columns, Sequences, read, read_sequences
 
 TABLE = "id,t,y,a,word,pos,g\ns,1,B,2.5,dog,NN,p\nr,0,O,3,NA,01,p\ns,0,O,1.5,the,DT,p\n"
 
@@ -34,7 +37,7 @@ def test_a_long_table_can_have_a_label_and_symbols_in_every_row(tmp_path: Path, 
     assert sequences.labels == (("O",), ("O", "B"))
     assert sequences.symbols == ((("NA", "01"),), (("the", "DT"), ("dog", "NN")))
     np.testing.assert_array_equal(sequences.steps[1], [[1.5], [2.5]])
-    assert (sequences.symbol_columns, sequences.features, sequences.task) == (("word", "pos"), ("a",), "tag")
+    assert (sequences.symbol_columns, sequences.features, sequences.role) == (("word", "pos"), ("a",), PER_STEP)
 
 
 def test_symbols_alone_are_enough(tmp_path: Path) -> None:
@@ -100,7 +103,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(b"\xef\xbb\xbf" + TABLE.encode())
     columns = Columns("id", "y", "t", ("a",))
-    assert read_sequences(path, columns, task="tag").ids == ("r", "s")
+    assert read_long_table(path, Asked(columns, PER_STEP)).ids == ("r", "s")
 
 
 def test_data_that_ships_is_to_classify_and_its_columns_are_known() -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from as_typed import TASKS, classes_of, encode, read, targets_of
 
-from throughtime.tasks.encoding import encode
-from throughtime.tasks.model import Shape
-from throughtime.tasks.reading import read_shipped
-from throughtime.tasks.sequences import Columns, Sequences
+from throughtime.data.sequences import Columns, Sequences
+from throughtime.tasks.model import Architecture
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 RAGGED = "#what it is\n@problemName small\n@timeStamps false\n@data\n1.5,2.5,3:a\n-1,0.25:b c\n"
@@ -70,8 +69,8 @@ def test_published_parts_stay_as_they_are(packaged: ModuleType, tmp_path: Path, 
     monkeypatch.setattr(packaged, "shipped", lambda package, path: tmp_path / Path(path).name)
     data = encode(packaged.read_published(packaged.Published("small", "nowhere", "made up")))
     assert (len(data.train), len(data.test)) == (2, 2)
-    assert [data.vocabulary[i] for i in data.test.classes] == ["b", "a"]
-    assert data.encoder.scaler.mean.tolist() == [2.5]
+    assert [classes_of(data)[i] for i in targets_of(data.test)] == ["b", "a"]
+    assert data.encoder.inputs.scaler.mean.tolist() == [2.5]
 
 
 def test_stress_is_taken_off_the_phones_and_asked_for(packaged: ModuleType):
@@ -108,7 +107,7 @@ def test_what_is_not_installed_is_named_with_the_way_to_get_it(packaged: ModuleT
 def test_twins_begin_with_the_same_weights_and_answers(
     real_data: ModuleType, cell: str, task: Any, bidirectional: bool
 ):
-    shape = Shape(task, 2, (7,), 3, 5, bidirectional=bidirectional)
+    shape = Architecture(TASKS[task], 2, (7,), 3, 5, bidirectional=bidirectional)
     models = real_data.twins(cell, shape, seed=3)
     plain, ours = models["torch.nn"], models["throughtime"]
     assert not [module for module in plain.modules() if type(module).__module__.startswith("throughtime")]
@@ -131,7 +130,7 @@ def test_recipes_are_chosen_without_the_test_part(real_data: ModuleType):
         Sequences("small", "made up", columns, ("x",), tuple(map(str, range(24))), steps, labels, parts=parts)
     )
     assert (len(seen.train), len(seen.test)) == (12, 4)
-    scaler = seen.encoder.scaler
+    scaler = seen.encoder.inputs.scaler
     values = torch.cat([*seen.train.steps, *seen.test.steps]).numpy() * scaler.scale + scaler.mean
     assert np.unique(values.round(6)).tolist() == [0, 1]
 
@@ -145,7 +144,7 @@ def test_series_of_one_length_have_their_nearest_neighbour_as_a_baseline(real_da
     data = encode(Sequences("small", "made up", columns, ("x",), tuple(map(str, range(40))), steps, labels))
     (found,) = real_data.nearest_series(data)
     assert found.score == 1.0
-    assert list(real_data.nearest_series(encode(read_shipped("vowels")))) == []
+    assert list(real_data.nearest_series(encode(read("vowels")))) == []
 
 
 def record(theirs: list[float], ours: list[float]) -> dict[str, Any]:

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 
 from throughtime.errors import ThroughtimeError
-from throughtime.insight import drawing
-from throughtime.insight.drawing import Line
-from throughtime.insight.report import Chapter, Page, Picture, Remedy, Table, render, save, unused_path
+from throughtime.report import drawing
+from throughtime.report.drawing import Line
+from throughtime.report.page import Chapter, Page, Picture, Remedy, Table, render, save, unused_path
 
 BACK: Any = {"xlabel": "steps back", "ylabel": "gradient left"}
 DRAW = {

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import torch
+from as_typed import encode
 
+from throughtime.data.sequences import Columns, Sequences
 from throughtime.equations.catalogue import GRU
 from throughtime.insight.diagnosis import Diagnosis, Seen, look
-from throughtime.insight.diagnosis_page import page
-from throughtime.insight.report import Remedy, render, save
 from throughtime.nn import Recurrent
-from throughtime.tasks import findings
-from throughtime.tasks.compare import compare
-from throughtime.tasks.encoding import encode
-from throughtime.tasks.reading import Columns, Sequences
-from throughtime.tasks.training import Recipe
+from throughtime.report.diagnosis_page import page
+from throughtime.report.page import Remedy, render, save
+from throughtime.runs import findings
+from throughtime.runs.compare import compare
+from throughtime.training.recipe import Recipe
 
 if TYPE_CHECKING:
     from selenium import webdriver

@@ -16,10 +16,10 @@ import numpy as np
 import pytest
 
 from throughtime.errors import ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import Run
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import UnfinishedRun
 
 KILLS = 10
 TIMED = {"seconds", "steps_per_second"}
@@ -75,7 +75,7 @@ def in_a_child(work: Callable[[], None]) -> int:
 @contextmanager
 def counted(at: Callable[[int], None], stations: tuple[str, ...] = CUT) -> Iterator[list[int]]:
     """Call `at` with the number of every station passed, just before what it stands for is done."""
-    from throughtime.tasks.training import Training
+    from throughtime.training.loop import Training
 
     passed = [0]
     patch = pytest.MonkeyPatch()
@@ -168,14 +168,14 @@ def test_a_kill_at_any_step_of_the_ending_leaves_what_can_be_finished(
         path = ending / str(number)
 
         def work(path: Path = path, number: int = number) -> None:
-            with Run.create(path) as run, counted(killed_at(number), CHANGES):
+            with UnfinishedRun.create(path) as run, counted(killed_at(number), CHANGES):
                 run.finish(contents)
 
         ended = in_a_child(work)
         if not path.exists():
             with pytest.raises(ThroughtimeError, match="not finished"):
                 runs.load(path)
-            with Run.resume(path) as run:
+            with UnfinishedRun.resume(path) as run:
                 run.put_in_place() if run.is_complete else run.finish(contents)
         runs.load(path)
         assert {name: (path / name).read_bytes() for name in runs.FILES} == contents

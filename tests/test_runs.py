@@ -18,11 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks import runs
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import Run, load
-from throughtime.tasks.training import Snapshot
+from throughtime.runs import folder as runs
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import UnfinishedRun, load
+from throughtime.training.loop import Snapshot
 
 
 def snapshot(value: float = 1.0) -> Snapshot:
@@ -60,12 +60,12 @@ def signed_again(run: Path) -> None:
 
 
 def test_a_checkpoint_brings_back_its_bits_and_the_metrics_of_that_moment(tmp_path: Path):
-    with Run.create(tmp_path / "run") as run:
+    with UnfinishedRun.create(tmp_path / "run") as run:
         run.record({"loss": 0.1 + 0.2})
         taken = snapshot(0.1)
         run.checkpoint(taken)
         run.record({"loss": 2.0})
-    with Run.resume(tmp_path / "run") as run:
+    with UnfinishedRun.resume(tmp_path / "run") as run:
         found = run.last_checkpoint()
         assert found is not None
         assert found.record == taken.record
@@ -77,7 +77,7 @@ def test_a_checkpoint_brings_back_its_bits_and_the_metrics_of_that_moment(tmp_pa
 def test_a_checkpoint_is_the_same_file_every_time(tmp_path: Path):
     contents = set()
     for name in "abc":
-        with Run.create(tmp_path / name) as run:
+        with UnfinishedRun.create(tmp_path / name) as run:
             run.checkpoint(snapshot())
             contents.add((run.partial / runs.CHECKPOINT).read_bytes())
     assert len(contents) == 1
@@ -88,7 +88,7 @@ def test_what_exists_is_never_replaced(tmp_path: Path):
     (tmp_path / "file").touch()
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("folder", "file", "link"):
-        for begin in (Run.create, Run.resume):
+        for begin in (UnfinishedRun.create, UnfinishedRun.resume):
             with pytest.raises(ThroughtimeError, match="exists already, and a run never replaces anything"):
                 begin(tmp_path / name)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder", "link"]
@@ -97,7 +97,7 @@ def test_what_exists_is_never_replaced(tmp_path: Path):
 def test_a_name_that_is_taken_meanwhile_is_not_replaced_and_nothing_is_lost(copy: Path, tmp_path: Path):
     contents = {name: (copy / name).read_bytes() for name in runs.FILES}
     path = tmp_path / "new"
-    with Run.create(path) as run:
+    with UnfinishedRun.create(path) as run:
         path.mkdir()
         (path / "mine").touch()
         with pytest.raises(ThroughtimeError, match="exists already"):
@@ -105,7 +105,7 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced_and_nothing_is_lost(copy
     assert [file.name for file in path.iterdir()] == ["mine"]
     (path / "mine").unlink()
     path.rmdir()
-    with Run.resume(path) as run:
+    with UnfinishedRun.resume(path) as run:
         assert run.is_complete
         run.put_in_place()
     assert load(path).path == path
@@ -115,39 +115,39 @@ def test_a_name_that_is_taken_meanwhile_is_not_replaced_and_nothing_is_lost(copy
 def test_what_is_no_name_for_a_run_is_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ThroughtimeError, match=r"no name for a run|exists already"):
-        Run.create(Path(name))
+        UnfinishedRun.create(Path(name))
 
 
 def test_an_unfinished_run_is_not_begun_anew(tmp_path: Path):
-    with Run.create(tmp_path / "run") as run:
+    with UnfinishedRun.create(tmp_path / "run") as run:
         run.checkpoint(snapshot())
     with pytest.raises(
         ThroughtimeError, match=r"run\.partial: an unfinished run of this name; go on with it \(--resume"
     ):
-        Run.create(tmp_path / "run")
+        UnfinishedRun.create(tmp_path / "run")
     with pytest.raises(ThroughtimeError, match=r"run\.partial: this run is not finished; train it to its end"):
         load(tmp_path / "run")
 
 
 def test_a_run_without_a_checkpoint_leaves_nothing_behind(tmp_path: Path):
-    with Run.create(tmp_path / "run") as run:
+    with UnfinishedRun.create(tmp_path / "run") as run:
         run.write(runs.CONFIG, b"seed = 1")
         (run.partial / ".x.part").touch()
     assert not list(tmp_path.iterdir())
 
 
 def test_missing_folders_are_made_and_what_is_no_folder_is_refused(tmp_path: Path):
-    with Run.create(tmp_path / "runs" / "today" / "run") as run:
+    with UnfinishedRun.create(tmp_path / "runs" / "today" / "run") as run:
         assert run.partial.is_dir()
     assert not list(tmp_path.iterdir()), "what held nothing worth going on from is gone, the folders above it too"
-    with Run.create(tmp_path / "runs" / "today" / "run") as run:
+    with UnfinishedRun.create(tmp_path / "runs" / "today" / "run") as run:
         (tmp_path / "runs" / "mine").touch()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["mine"]
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(ThroughtimeError, match=r"file: cannot be made \(File exists\); choose a place"):
-        Run.create(tmp_path / "file" / "run")
+        UnfinishedRun.create(tmp_path / "file" / "run")
     with pytest.raises(ThroughtimeError, match=r"there is no unfinished run; begin it without --resume"):
-        Run.resume(tmp_path / "run")
+        UnfinishedRun.resume(tmp_path / "run")
 
 
 def test_a_read_only_folder_is_refused_before_anything_is_read(tmp_path: Path):
@@ -179,7 +179,7 @@ def test_a_second_process_is_refused_and_a_dead_one_lets_go(tmp_path: Path):
     child = os.fork()
     if child == 0:
         try:
-            with Run.create(tmp_path / "run") as run:
+            with UnfinishedRun.create(tmp_path / "run") as run:
                 run.checkpoint(snapshot())
                 os.write(told, b"x")
                 signal.pause()
@@ -187,7 +187,7 @@ def test_a_second_process_is_refused_and_a_dead_one_lets_go(tmp_path: Path):
             os._exit(1)
     os.read(ready, 1)
     try:
-        for begin in (Run.resume, Run.create):
+        for begin in (UnfinishedRun.resume, UnfinishedRun.create):
             with pytest.raises(ThroughtimeError, match=r"another process is training this run; wait|an unfinished run"):
                 begin(tmp_path / "run")
     finally:
@@ -195,7 +195,7 @@ def test_a_second_process_is_refused_and_a_dead_one_lets_go(tmp_path: Path):
         os.waitpid(child, 0)
         os.close(ready)
         os.close(told)
-    with Run.resume(tmp_path / "run") as run:
+    with UnfinishedRun.resume(tmp_path / "run") as run:
         assert run.last_checkpoint() is not None
 
 
@@ -203,7 +203,7 @@ def test_a_run_finished_between_opening_and_locking_is_not_touched(
     copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     path = tmp_path / "new"
-    first = Run.create(path)
+    first = UnfinishedRun.create(path)
     lock = fcntl.flock
 
     def slow(descriptor: int, operation: int) -> None:
@@ -214,7 +214,7 @@ def test_a_run_finished_between_opening_and_locking_is_not_touched(
 
     monkeypatch.setattr(fcntl, "flock", slow)
     with pytest.raises(ThroughtimeError, match="another process has just finished this run"):
-        Run.resume(path)
+        UnfinishedRun.resume(path)
     assert load(path)
 
 
@@ -223,7 +223,7 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, monke
     def full(*arguments: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with Run.create(tmp_path / "run") as run:
+    with UnfinishedRun.create(tmp_path / "run") as run:
         run.checkpoint(snapshot(1.0))
         with monkeypatch.context() as patch:
             if at == "write":
@@ -239,14 +239,14 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path: Path, monke
             ):
                 run.checkpoint(snapshot(2.0))
     assert not list((tmp_path / "run.partial").glob(".*"))
-    with Run.resume(tmp_path / "run") as run:
+    with UnfinishedRun.resume(tmp_path / "run") as run:
         found = run.last_checkpoint()
         assert found is not None
         assert torch.equal(found.tensors["weights.a"], torch.ones(3))
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path):
-    with Run.create(tmp_path / "run") as run:
+    with UnfinishedRun.create(tmp_path / "run") as run:
         run.record({"loss": 1.0})
         run.checkpoint(snapshot())
     file = tmp_path / "run.partial" / runs.CHECKPOINT
@@ -255,14 +255,14 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path):
     for content in (whole[:-1], whole[:5], b"", b"\xff" * 40, (tmp_path / "foreign").read_bytes()):
         file.write_bytes(content)
         with (
-            Run.resume(tmp_path / "run") as run,
+            UnfinishedRun.resume(tmp_path / "run") as run,
             pytest.raises(ThroughtimeError, match=r"checkpoint\.safetensors: damaged"),
         ):
             run.last_checkpoint()
     file.write_bytes(whole)
     (tmp_path / "run.partial" / runs.METRICS).write_bytes(b"")
     with (
-        Run.resume(tmp_path / "run") as run,
+        UnfinishedRun.resume(tmp_path / "run") as run,
         pytest.raises(ThroughtimeError, match=r"metrics\.jsonl: damaged \(shorter"),
     ):
         run.last_checkpoint()

@@ -17,11 +17,12 @@ import torch
 from sklearn.metrics import confusion_matrix, log_loss, precision_recall_fscore_support
 
 from throughtime.errors import DataError, ThroughtimeError
-from throughtime.tasks import serving
-from throughtime.tasks.config import Config
-from throughtime.tasks.fitting import fit
-from throughtime.tasks.runs import LoadedRun
-from throughtime.tasks.streaming import LONGEST_LINE, Streams, serve
+from throughtime.runs import serve as serving
+from throughtime.runs.configuration import Config
+from throughtime.runs.fit import fit
+from throughtime.runs.folder import FinishedRun
+from throughtime.runs.streaming import LONGEST_LINE, Streams, serve
+from throughtime.tasks.classes import ClassAnswer, ClassScore
 
 SMALL: dict[str, Any] = {"hidden_size": 8, "epochs": 12, "batch_size": 8, "learning_rate": 0.03}
 
@@ -47,19 +48,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def classifier(folder: Path) -> LoadedRun:
+def classifier(folder: Path) -> FinishedRun:
     columns = {"sequence_id": "id", "target": "label", "time": "t"}
     return fit(Config.resolve({"file": str(folder / "signs.csv"), "run": folder / "signs", **columns, **SMALL}))
 
 
 @pytest.fixture(scope="module")
-def tagger(folder: Path) -> LoadedRun:
+def tagger(folder: Path) -> FinishedRun:
     options = {"file": str(folder / "words.conll"), "task": "tag", "run": folder / "words", "num_layers": 2, **SMALL}
     return fit(Config.resolve(options))
 
 
-def predicted(run: LoadedRun, file: Path) -> serving.Predictions:
+def predicted(run: FinishedRun, file: Path) -> serving.Predictions:
     return serving.predict(run, serving.read_for(run, str(file), labelled=False))
+
+
+def shares_of(answers: serving.Predictions) -> Any:
+    """The probabilities of sequences that are answered once: [sequences, classes]."""
+    return np.stack([answer.shares for answer in answers.answers if isinstance(answer, ClassAnswer)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,13 +73,13 @@ def predicted(run: LoadedRun, file: Path) -> serving.Predictions:
 
 
 def test_a_file_gets_the_answers_of_the_model_wherever_they_are_written(
-    classifier: LoadedRun, folder: Path, tmp_path: Path
+    classifier: FinishedRun, folder: Path, tmp_path: Path
 ) -> None:
     answers = predicted(classifier, folder / "signs.csv")
     part = classifier.encoder.part(serving.read_for(classifier, str(folder / "signs.csv"), labelled=True))
     logits = torch.cat([classifier.model(part.batch([i])) for i in range(len(part))])
-    assert np.allclose(np.stack(answers.probabilities), logits.softmax(-1).detach().numpy(), atol=1e-6)
-    for suffix in serving.FORMATS:
+    assert np.allclose(shares_of(answers), logits.softmax(-1).detach().numpy(), atol=1e-6)
+    for suffix in serving.WRITTEN:
         serving.write(answers, tmp_path / f"answers{suffix}")
     as_csv = pd.read_csv(tmp_path / "answers.csv")
     as_parquet = pd.read_parquet(tmp_path / "answers.parquet")
@@ -82,12 +88,12 @@ def test_a_file_gets_the_answers_of_the_model_wherever_they_are_written(
     assert as_csv["id"].tolist() == as_parquet["id"].tolist() == [line["id"] for line in as_lines] == list(answers.ids)
     assert as_csv["label"].tolist() == as_parquet["label"].tolist() == [line["label"] for line in as_lines]
     for table in (as_csv, as_parquet):
-        assert np.array_equal(table[["p(down)", "p(up)"]].to_numpy(np.float32), np.stack(answers.probabilities))
+        assert np.array_equal(table[["p(down)", "p(up)"]].to_numpy(np.float32), shares_of(answers))
     assert [line["probabilities"]["up"] for line in as_lines] == as_csv["p(up)"].tolist()
     assert (as_csv["label"] == np.where(as_csv["p(up)"] > 0.5, "up", "down")).all()
 
 
-def test_tags_are_written_a_row_a_step_or_a_line_a_sequence(tagger: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_tags_are_written_a_row_a_step_or_a_line_a_sequence(tagger: FinishedRun, folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "new.conll"
     file.write_text("the\ndog\n\nthe\nzebra\nruns\n")
     answers = predicted(tagger, file)
@@ -102,19 +108,21 @@ def test_tags_are_written_a_row_a_step_or_a_line_a_sequence(tagger: LoadedRun, f
     assert any("1 of 5 symbols" in notice and "read as unknown" in notice for notice in answers.notices)
 
 
-def test_the_labels_of_a_file_to_predict_are_not_looked_at(classifier: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_the_labels_of_a_file_to_predict_are_not_looked_at(
+    classifier: FinishedRun, folder: Path, tmp_path: Path
+) -> None:
     text = (folder / "signs.csv").read_text()
     (tmp_path / "wrong.csv").write_text(text.replace(",up,", ",?,"))
     without = pd.read_csv(folder / "signs.csv").drop(columns="label")
     without.to_csv(tmp_path / "without.csv", index=False)
     files = (folder / "signs.csv", tmp_path / "wrong.csv", tmp_path / "without.csv")
-    shares = [np.stack(predicted(classifier, file).probabilities) for file in files]
+    shares = [shares_of(predicted(classifier, file)) for file in files]
     assert np.array_equal(shares[0], shares[1])
     assert np.array_equal(shares[0], shares[2])
 
 
 def test_json_lines_are_read_in_the_order_of_the_training_and_that_is_said(
-    classifier: LoadedRun, folder: Path, tmp_path: Path
+    classifier: FinishedRun, folder: Path, tmp_path: Path
 ) -> None:
     table = pd.read_csv(folder / "signs.csv")
     lines = [
@@ -123,11 +131,13 @@ def test_json_lines_are_read_in_the_order_of_the_training_and_that_is_said(
     (tmp_path / "signs.jsonl").write_text("\n".join(lines))
     found, expected = predicted(classifier, tmp_path / "signs.jsonl"), predicted(classifier, folder / "signs.csv")
     assert found.ids == expected.ids
-    assert np.array_equal(np.stack(found.probabilities), np.stack(expected.probabilities))
+    assert np.array_equal(shares_of(found), shares_of(expected))
     assert any("in the order of the training: 'pitch', 'gain'" in notice for notice in found.notices)
 
 
-def test_columns_may_be_called_otherwise_if_they_are_named(classifier: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_columns_may_be_called_otherwise_if_they_are_named(
+    classifier: FinishedRun, folder: Path, tmp_path: Path
+) -> None:
     pd.read_csv(folder / "signs.csv").rename(columns={"id": "name"}).to_csv(tmp_path / "renamed.csv", index=False)
     file = str(tmp_path / "renamed.csv")
     with pytest.raises(DataError, match="no column 'id'"):
@@ -146,7 +156,7 @@ def test_columns_may_be_called_otherwise_if_they_are_named(classifier: LoadedRun
     ],
 )
 def test_a_file_of_other_columns_is_refused(
-    name: str, columns: dict[str, Any], expected: str, classifier: LoadedRun, folder: Path, tmp_path: Path
+    name: str, columns: dict[str, Any], expected: str, classifier: FinishedRun, folder: Path, tmp_path: Path
 ) -> None:
     table = pd.read_csv(folder / "signs.csv").assign(**columns).dropna(axis=1)
     table.to_csv(tmp_path / name, index=False)
@@ -154,7 +164,7 @@ def test_a_file_of_other_columns_is_refused(
         predicted(classifier, tmp_path / name)
 
 
-def test_nothing_is_ever_replaced(classifier: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_nothing_is_ever_replaced(classifier: FinishedRun, folder: Path, tmp_path: Path) -> None:
     answers, taken = predicted(classifier, folder / "signs.csv"), tmp_path / "taken.csv"
     taken.write_text("mine")
     (tmp_path / "link.csv").symlink_to("nowhere")
@@ -201,21 +211,23 @@ def test_where_answers_cannot_go_is_refused_before_any_work(name: str, expected:
 # Evaluation
 
 
-def test_the_scores_are_those_of_scikit_learn(classifier: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_the_scores_are_those_of_scikit_learn(classifier: FinishedRun, folder: Path, tmp_path: Path) -> None:
     table = pd.read_csv(folder / "signs.csv")
     table[table["id"] < "s40"].to_csv(tmp_path / "some.csv", index=False)
     found = serving.evaluate(classifier, str(tmp_path / "some.csv"))
     answers = predicted(classifier, tmp_path / "some.csv")
     true = table[table["id"] < "s40"].groupby("id")["label"].first().tolist()
-    said = [answers.labels(i)[0] for i in range(40)]
-    assert found.counts.tolist() == confusion_matrix(true, said, labels=found.classes).tolist()
-    precision, recall, _, counts = precision_recall_fscore_support(true, said, labels=found.classes)
-    assert list(found.by_class()) == list(zip(found.classes, counts, recall, precision, strict=True))
-    shares = np.stack(answers.probabilities, dtype=np.float64)
+    said = [record["label"] for record in answers.records()]
+    score = found.score
+    assert isinstance(score, ClassScore)
+    assert score.confusion.tolist() == confusion_matrix(true, said, labels=score.classes).tolist()
+    precision, recall, _, counts = precision_recall_fscore_support(true, said, labels=score.classes)
+    assert list(score.by_class()) == list(zip(score.classes, counts, recall, precision, strict=True))
+    shares = shares_of(answers).astype(np.float64)
     shares /= shares.sum(axis=1, keepdims=True)  # scikit-learn wants more digits than float32 has
-    assert found.log_loss == pytest.approx(log_loss(true, shares), rel=1e-5)
-    assert found.commonest == max(((label, true.count(label) / 40) for label in found.classes), key=lambda row: row[1])
-    assert json.loads(json.dumps(found.record()))["accuracy"] == found.accuracy
+    assert found.score.loss == pytest.approx(log_loss(true, shares), rel=1e-5)
+    assert score.commonest == max(((label, true.count(label) / 40) for label in score.classes), key=lambda row: row[1])
+    assert json.loads(json.dumps(found.record()))["accuracy"] == score.headline
 
 
 @pytest.mark.parametrize(("name", "file"), [("classifier", "signs.csv"), ("tagger", "words.conll")])
@@ -224,12 +236,12 @@ def test_on_the_data_of_the_run_its_test_part_alone_counts(
 ) -> None:
     run = request.getfixturevalue(name)
     found = serving.evaluate(run, str(folder / file))
-    assert (found.accuracy, found.total) == (run.result["score"], run.result["count"])
-    assert found.log_loss == pytest.approx(run.result["loss"])
+    assert (found.score.headline, found.score.count) == (run.result["score"], run.result["count"])
+    assert found.score.loss == pytest.approx(run.result["loss"])
     assert found.notices[0].startswith("the run was made from this: only its test part counts")
 
 
-def test_a_label_that_training_did_not_have_is_refused(classifier: LoadedRun, folder: Path, tmp_path: Path) -> None:
+def test_a_label_that_training_did_not_have_is_refused(classifier: FinishedRun, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "new.csv").write_text((folder / "signs.csv").read_text().replace(",up,", ",level,"))
     with pytest.raises(DataError, match="'level'"):
         serving.evaluate(classifier, str(tmp_path / "new.csv"))
@@ -239,7 +251,7 @@ def test_a_label_that_training_did_not_have_is_refused(classifier: LoadedRun, fo
 # Streams
 
 
-def streams(run: LoadedRun, **options: Any) -> Streams:
+def streams(run: FinishedRun, **options: Any) -> Streams:
     return Streams(run.model, run.encoder, **options)
 
 
@@ -252,7 +264,7 @@ def answer(open_streams: Streams, line: Any) -> dict[str, Any]:
     return result
 
 
-def test_interleaved_streams_say_what_predict_says(classifier: LoadedRun, folder: Path) -> None:
+def test_interleaved_streams_say_what_predict_says(classifier: FinishedRun, folder: Path) -> None:
     expected = {line["id"]: line for line in predicted(classifier, folder / "signs.csv").records()}
     table = pd.read_csv(folder / "signs.csv").sort_values(["t", "id"])  # all first steps, then all second ones, ...
     open_streams, last = streams(classifier), {}
@@ -265,7 +277,7 @@ def test_interleaved_streams_say_what_predict_says(classifier: LoadedRun, folder
         assert said["step"] == (table["id"] == name).sum()
 
 
-def test_a_tagger_streams_its_tags_and_names_what_it_does_not_know(tagger: LoadedRun) -> None:
+def test_a_tagger_streams_its_tags_and_names_what_it_does_not_know(tagger: FinishedRun) -> None:
     open_streams = streams(tagger)
     said = [answer(open_streams, {"id": 1, "x": [word]}) for word in ("the", "zebra", "runs")]
     assert [each["label"] for each in said] == ["D", "N", "V"]
@@ -302,7 +314,7 @@ BAD: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("line", "expected"), BAD)
 def test_a_bad_line_is_answered_with_its_cause_and_leaves_every_state(
-    line: Any, expected: str, classifier: LoadedRun
+    line: Any, expected: str, classifier: FinishedRun
 ) -> None:
     disturbed, undisturbed = streams(classifier), streams(classifier)
     for open_streams in (disturbed, undisturbed):
@@ -314,7 +326,7 @@ def test_a_bad_line_is_answered_with_its_cause_and_leaves_every_state(
     assert answer(disturbed, GOOD) == answer(undisturbed, GOOD)
 
 
-def test_an_answer_that_is_not_a_number_leaves_the_state_too(classifier: LoadedRun) -> None:
+def test_an_answer_that_is_not_a_number_leaves_the_state_too(classifier: FinishedRun) -> None:
     open_streams, undisturbed = streams(classifier), streams(classifier)
     for each in (open_streams, undisturbed):
         answer(each, GOOD)
@@ -328,7 +340,7 @@ def test_an_answer_that_is_not_a_number_leaves_the_state_too(classifier: LoadedR
     assert answer(open_streams, GOOD) == answer(undisturbed, GOOD)
 
 
-def test_an_id_that_ends_begins_anew(classifier: LoadedRun) -> None:
+def test_an_id_that_ends_begins_anew(classifier: FinishedRun) -> None:
     open_streams = streams(classifier)
     first = answer(open_streams, GOOD)
     assert answer(open_streams, GOOD)["probabilities"] != first["probabilities"]
@@ -337,7 +349,7 @@ def test_an_id_that_ends_begins_anew(classifier: LoadedRun) -> None:
     assert answer(open_streams, {**GOOD, "id": 1})["step"] == answer(open_streams, {**GOOD, "id": "1"})["step"] == 1
 
 
-def test_beyond_the_bound_a_new_id_is_refused(classifier: LoadedRun) -> None:
+def test_beyond_the_bound_a_new_id_is_refused(classifier: FinishedRun) -> None:
     open_streams = streams(classifier, most=2)
     for name in "ab":
         answer(open_streams, {**GOOD, "id": name})
@@ -347,7 +359,7 @@ def test_beyond_the_bound_a_new_id_is_refused(classifier: LoadedRun) -> None:
     assert answer(open_streams, {**GOOD, "id": "c"})["step"] == 1
 
 
-def test_or_the_one_silent_for_longest_is_forgotten_and_named(classifier: LoadedRun) -> None:
+def test_or_the_one_silent_for_longest_is_forgotten_and_named(classifier: FinishedRun) -> None:
     open_streams = streams(classifier, most=2, when_full="forget")
     for name in "aba":
         answer(open_streams, {**GOOD, "id": name})
@@ -360,7 +372,7 @@ def test_or_the_one_silent_for_longest_is_forgotten_and_named(classifier: Loaded
 
 
 def test_a_step_reads_no_earlier_one_again_and_keeps_no_more(
-    classifier: LoadedRun, monkeypatch: pytest.MonkeyPatch
+    classifier: FinishedRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(type(classifier.model), "forward", None)  # what reads whole sequences
     open_streams = streams(classifier)
@@ -372,7 +384,7 @@ def test_a_step_reads_no_earlier_one_again_and_keeps_no_more(
     assert set(sizes) == {open_streams.state_bytes}
 
 
-def test_lines_are_answered_one_by_one_and_one_too_long_is_not_kept(classifier: LoadedRun) -> None:
+def test_lines_are_answered_one_by_one_and_one_too_long_is_not_kept(classifier: FinishedRun) -> None:
     sent: list[int] = []
 
     class Outgoing(io.BytesIO):
@@ -388,9 +400,9 @@ def test_lines_are_answered_one_by_one_and_one_too_long_is_not_kept(classifier: 
     assert sent[0] == len(good), "the first answer is sent before the second line is read"
 
 
-def test_a_model_that_reads_both_ways_cannot_stream(classifier: LoadedRun) -> None:
-    from throughtime.tasks.model import Shape, build
+def test_a_model_that_reads_both_ways_cannot_stream(classifier: FinishedRun) -> None:
+    from throughtime.tasks.model import Architecture, build
 
-    shape = Shape.fitting(classifier.encoder, hidden_size=3, bidirectional=True)
+    shape = Architecture.fitting(classifier.encoder, hidden_size=3, bidirectional=True)
     with pytest.raises(ThroughtimeError, match="reads a sequence from its end too"):
         Streams(build(classifier.model.recurrent.cell, shape, seed=0), classifier.encoder)

@@ -4,12 +4,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
+from as_typed import in_words, split
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from throughtime.data.sequences import PER_SEQUENCE, PER_STEP, Columns, Sequences
 from throughtime.errors import DataError
-from throughtime.tasks.sequences import Columns, Sequences
-from throughtime.tasks.splitting import in_words, split
 
 COLUMNS = Columns(sequence_id="id", target="y", time="t", group="g", part="p")
 
@@ -28,7 +28,7 @@ def labelled(
         labels=tuple(tuple(each) for each in labels) if tag else tuple(labels),
         groups=tuple(groups) if groups else None,
         parts=parts,
-        task="tag" if tag else "classify",
+        role=PER_STEP if tag else PER_SEQUENCE,
     )
 
 

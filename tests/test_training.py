@@ -12,29 +12,28 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from as_typed import CLASSIFY, TAG, predict, targets_of
 from torch import Tensor, nn
 from torch.nn import functional
 
+from throughtime.data.batches import Part
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
-from throughtime.tasks.model import SequenceModel, Shape, build, predict
-from throughtime.tasks.parts import Part
-from throughtime.tasks.training import (
-    ENOUGH,
-    QUANTILE,
+from throughtime.tasks.model import Architecture, SequenceModel, build
+from throughtime.training.evaluation import evaluate
+from throughtime.training.loop import (
     Chunk,
     Epoch,
     Progress,
-    Recipe,
     Snapshot,
     Training,
     chunks,
-    evaluate,
-    threads,
+    on_threads,
     train,
 )
+from throughtime.training.recipe import ENOUGH, QUANTILE, Recipe
 
 TORCH = {"elman": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 PLAIN = {"warmup": 0.0, "decay": "none", "weight_decay": 0.0, "clip": None}
@@ -57,8 +56,8 @@ def signs_before(count: int = 12) -> Part:
 
 
 def model_for(part: Part, *, cell: str = "gru", seed: int = 0, units: int = 8, **shape: Any) -> SequenceModel:
-    task = "tag" if isinstance(part.targets, tuple) else "classify"
-    return build(CELLS[cell], Shape(task, 2, (), 2, units, **shape), seed=seed)  # type: ignore[arg-type]
+    task = TAG if isinstance(part.targets, tuple) else CLASSIFY
+    return build(CELLS[cell], Architecture(task, 2, (), 2, units, **shape), seed=seed)
 
 
 def trained(part: Part, recipe: Recipe, *, seed: int = 0, **options: Any) -> tuple[SequenceModel, list[Epoch]]:
@@ -107,8 +106,8 @@ def test_it_learns_what_only_the_first_step_tells(cell: str):
     part = first_sign()
     model, epochs = trained(part, Recipe(epochs=60, batch_size=8, learning_rate=2e-2), cell=cell)
     assert epochs[-1].loss < 0.1
-    assert torch.equal(torch.as_tensor(predict(model, part)), part.classes)
-    assert evaluate(model, part).score == 1.0
+    assert torch.equal(torch.stack(predict(model, part)), targets_of(part))
+    assert evaluate(model, part).headline == 1.0
 
 
 @pytest.mark.parametrize("cell", ["elman", "gru", "lstm"])
@@ -139,7 +138,7 @@ def test_it_trains_as_a_plain_loop_over_packed_torch_layers_does(cell: str):
             packed = nn.utils.rnn.pack_sequence([part.steps[i] for i in rows], enforce_sorted=False)
             _, state = peer(packed)
             last = state[0] if isinstance(state, tuple) else state
-            loss = functional.cross_entropy(readout(last[0]), part.classes[rows])
+            loss = functional.cross_entropy(readout(last[0]), targets_of(part)[rows])
             optimiser.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_([tensor for _, tensor in named], 0.5)
@@ -258,7 +257,7 @@ def test_truncation_carries_the_state_and_not_the_gradient(cell: str):
 @pytest.mark.parametrize(
     ("part", "shape", "reason"),
     [
-        (first_sign(), {}, "truncate is for the task tag"),
+        (first_sign(), {}, r"truncate is for tasks that answer at every step \(tag\)"),
         (signs_before(), {"bidirectional": True}, "truncate and bidirectional exclude each other"),
     ],
     ids=["classify", "bidirectional"],
@@ -359,14 +358,14 @@ def test_a_recipe_of_nonsense_is_refused(nonsense: dict[str, Any], reason: str):
 
 def test_training_stops_when_the_validation_part_gets_no_better_and_gives_the_best_weights_back():
     part = first_sign()
-    contrary = Part(part.steps, 1 - part.classes)  # the more is learnt, the worse it gets
+    contrary = Part(part.steps, 1 - targets_of(part))  # the more is learnt, the worse it gets
     model, epochs = trained(part, Recipe(epochs=40, learning_rate=2e-2, patience=3), validation=contrary)
     losses = [epoch.validation_loss or 0.0 for epoch in epochs]
     best = losses.index(min(losses))
     assert len(epochs) == best + 1 + 3 < 40
     assert [epoch.best for epoch in epochs][best:] == [True, False, False, False]
     left = evaluate(model, contrary)
-    assert (left.score, left.loss) == (epochs[best].score, epochs[best].validation_loss)
+    assert (left.headline, left.loss) == (epochs[best].score, epochs[best].validation_loss)
 
 
 def test_without_patience_the_validation_part_is_only_watched():
@@ -409,7 +408,7 @@ def test_from_any_snapshot_it_goes_on_to_the_same_bits(part: Part, recipe: Recip
 def test_a_watch_changes_no_bit_and_stands_in_the_epochs(part: Part, recipe: Recipe):
     plain, _ = trained(part, recipe)
     model = model_for(part)
-    watched = list(train(model, part, recipe, seed=0, watch=Watch(model, per_step=model.shape.task == "tag", every=2)))
+    watched = list(train(model, part, recipe, seed=0, watch=Watch(model, per_step=model.by_step, every=2)))
     assert same_bits(weights(plain), weights(model))
     records = [record for epoch in watched for record in epoch.watched]
     assert [record["update"] for record in records] == list(range(1, sum(e.updates for e in watched) + 1, 2))
@@ -434,6 +433,6 @@ def test_progress_is_told_after_every_update():
 
 
 def test_the_number_of_threads_is_the_callers_again_afterwards():
-    with threads(2):
+    with on_threads(2):
         assert torch.get_num_threads() == 2
     assert torch.get_num_threads() == 1

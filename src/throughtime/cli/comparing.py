@@ -10,23 +10,17 @@ from typing import Annotated, Literal
 
 import typer
 
-from throughtime.cli.screen import epochs_trained, listed, print_table
+from throughtime.cli.options import DATA_HELP, TASK_HELP, TaskName, columns_of, listed, takes_columns
+from throughtime.cli.screen import epochs_trained, print_table
 from throughtime.errors import ThroughtimeError
+from throughtime.tasks.table import DEFAULT, TASKS, read
 
 
+@takes_columns()
 def compare(
-    data: Annotated[str, typer.Argument(help="vowels, or a file: .csv .parquet .jsonl .txt .tsv .conll")],
-    task: Annotated[
-        Literal["classify", "tag"], typer.Option(help="One answer at the end, or at every step.")
-    ] = "classify",
-    sequence_id: Annotated[str | None, typer.Option(help="Column that tells the sequences apart.")] = None,
-    time: Annotated[str | None, typer.Option(help="Column that orders a sequence's steps: numbers or dates.")] = None,
-    target: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
-    features: Annotated[str, typer.Option(help="Columns of numbers, comma-separated; all others if not given.")] = "",
-    symbols: Annotated[str, typer.Option(help="Columns of text to embed, comma-separated.")] = "",
-    text: Annotated[str | None, typer.Option(help="The steps of a line of text: words or letters.")] = None,
-    group: Annotated[str | None, typer.Option(help="Column that the split keeps whole: a patient, a machine.")] = None,
-    part: Annotated[str | None, typer.Option(help="Column that says train or test: a split of your own.")] = None,
+    data: Annotated[str, typer.Argument(help=DATA_HELP)],
+    columns: dict[str, str],
+    task: Annotated[TaskName, typer.Option(help=TASK_HELP)] = DEFAULT,
     test_fraction: Annotated[float, typer.Option(help="Share of the sequences for the test.")] = 0.25,
     cells: Annotated[str, typer.Option(help="Cells, comma-separated; module:name for your own.")] = "elman,gru,lstm",
     hidden: Annotated[int, typer.Option(min=1, help="Units of each network; see --match.")] = 100,
@@ -43,28 +37,17 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Report to write; a new throughtime-DATA.html if not given.")] = None,
 ) -> None:
     """Train cells on DATA, each on the same budget, and report their accuracy, size, speed and reach."""
-    from throughtime.insight.report import render, save, unused_path
-    from throughtime.tasks import findings
-    from throughtime.tasks.compare import compare as run
+    from throughtime.report.page import render, save, unused_path
+    from throughtime.runs import findings
+    from throughtime.runs.compare import compare as run
     from throughtime.tasks.encoding import encode
-    from throughtime.tasks.reading import read
-    from throughtime.tasks.training import Recipe
+    from throughtime.training.recipe import Recipe
 
     recipe = Recipe(epochs, batch_size, learning_rate, _clip(clip), patience=None)
-    sequences = read(
-        data,
-        task=task,
-        sequence_id=sequence_id,
-        time=time,
-        target=target,
-        features=listed(features),
-        symbols=listed(symbols),
-        text=text,
-        group=group,
-        part=part,
-    )
+    wanted = TASKS[task]
+    sequences = read(data, columns_of(columns), task=wanted)
     path = unused_path(out, f"throughtime-{sequences.name}.html")
-    encoded = encode(sequences, test_fraction=test_fraction)
+    encoded = encode(wanted, sequences, test_fraction=test_fraction)
     names = listed(cells)
     with epochs_trained(len(names) * seeds * epochs) as on_epoch:
         comparison = run(

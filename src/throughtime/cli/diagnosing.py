@@ -30,15 +30,15 @@ def diagnose(
     out: Annotated[Path | None, typer.Option(help="Report to write; a new RUN-diagnosis.html if not given.")] = None,
 ) -> None:
     """Show where the gradient of a run's network goes, before training and after, and what to do about it."""
-    from throughtime.insight.report import render, save, unused_path
-    from throughtime.tasks import training
-    from throughtime.tasks.diagnose import diagnose as look_into
-    from throughtime.tasks.runs import load
+    from throughtime.report.page import render, save, unused_path
+    from throughtime.runs.diagnose import diagnose as look_into
+    from throughtime.runs.folder import load
+    from throughtime.training.loop import on_threads
 
     loaded = load(run)
     path = unused_path(out, f"{loaded.path.resolve().name}-diagnosis.html")
     command = shlex.join(["throughtime", *sys.argv[1:]])
-    with training.threads(threads), _parts() as on_part:
+    with on_threads(threads), _parts() as on_part:
         found = look_into(loaded, data, needs=needs, rows=rows, command=command, on_part=on_part)
         on_part("the pictures")
         page = found.page()

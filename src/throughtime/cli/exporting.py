@@ -22,10 +22,11 @@ def export(
 
     The file is run in ONNX Runtime and compared with the model before it gets its name.
     """
-    from throughtime.tasks import exporting, serving
-    from throughtime.tasks.runs import load
+    from throughtime.runs import export as exporting
+    from throughtime.runs import serve
+    from throughtime.runs.folder import load
 
-    serving.refuse_output(out, (".onnx",))
+    serve.refuse_output(out, (".onnx",))
     with waiting(f"exporting {run}"):
         exporting.export(load(run), out, to)
     typer.echo(f"{out}: {'one step' if to == 'onnx-step' else 'whole sequences'}, as the model of {run} answers")

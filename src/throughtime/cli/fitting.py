@@ -12,40 +12,31 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from throughtime.cli.screen import listed, print_table, say, training
+from throughtime.cli.options import DATA_HELP, LISTS, TASK_HELP, TaskName, listed, takes_columns
+from throughtime.cli.screen import print_table, say, training
 from throughtime.errors import ThroughtimeError
+from throughtime.tasks.table import DEFAULT
 
 if TYPE_CHECKING:
-    from throughtime.tasks.config import Config
-    from throughtime.tasks.runs import LoadedRun
+    from throughtime.runs.configuration import Config
+    from throughtime.runs.folder import FinishedRun
 
 _data = partial(typer.Option, rich_help_panel="The data")
 _network = partial(typer.Option, rich_help_panel="The network")
 _training = partial(typer.Option, rich_help_panel="The training")
 _run = partial(typer.Option, rich_help_panel="The run")
 
-Tasks = Literal["classify", "tag"]
 Decays = Literal["cosine", "linear", "none"]
 
 
-# An option that is None was not typed: then the file of --config decides, and then what `tasks.config` says. The
+# An option that is None was not typed: then the file of --config decides, and then what `runs.configuration` says. The
 # defaults shown are those; the tests compare them.
+@takes_columns(_data)
 def fit(
     context: typer.Context,
-    file: Annotated[
-        str | None, typer.Argument(metavar="DATA", help="vowels, or a file: .csv .parquet .jsonl .txt .tsv .conll")
-    ] = None,
-    task: Annotated[
-        Tasks | None, _data(help="One answer at the end, or at every step.", show_default="classify")
-    ] = None,
-    sequence_id: Annotated[str | None, _data(help="Column that tells the sequences apart.")] = None,
-    time: Annotated[str | None, _data(help="Column that orders the steps: numbers or dates.")] = None,
-    target: Annotated[str | None, _data(help="Column with the label.")] = None,
-    features: Annotated[str | None, _data(help="Columns of numbers, comma-separated; all others if not given.")] = None,
-    symbols: Annotated[str | None, _data(help="Columns of text to embed, comma-separated.")] = None,
-    group: Annotated[str | None, _data(help="Column that the split keeps whole: a patient, a machine.")] = None,
-    part: Annotated[str | None, _data(help="Column that says train, validation or test.")] = None,
-    text: Annotated[str | None, _data(help="The steps of a line of text: words or letters.")] = None,
+    columns: dict[str, str],
+    file: Annotated[str | None, typer.Argument(metavar="DATA", help=DATA_HELP)] = None,
+    task: Annotated[TaskName | None, _data(help=TASK_HELP, show_default=DEFAULT)] = None,
     test_fraction: Annotated[float | None, _data(help="Share for the test.", show_default="0.25")] = None,
     validation_fraction: Annotated[
         float | None, _data(help="Share of the rest that decides when to stop.", show_default="0.15")
@@ -78,7 +69,7 @@ def fit(
         str | None,
         _training(help="Epochs without a lower validation loss before the end, or none.", show_default="15"),
     ] = None,
-    truncate: Annotated[int | None, _training(help="Cut back-propagation (tag) into windows of so many steps.")] = None,
+    truncate: Annotated[int | None, _training(help="Cut back-propagation into windows of so many steps.")] = None,
     seed: Annotated[int | None, _run(help="Decides weights, order and dropout.", show_default="0")] = None,
     threads: Annotated[int | None, _run(help="Threads to compute with.", show_default="1")] = None,
     checkpoint_seconds: Annotated[
@@ -89,9 +80,9 @@ def fit(
     resume: Annotated[bool, _run("--resume", help="Go on with RUN.partial from its last checkpoint.")] = False,
 ) -> None:
     """Train a network on DATA and keep it in a run folder, with its score on sequences that it has never seen."""
-    from throughtime.tasks.config import Config
-    from throughtime.tasks.fitting import fit as train
-    from throughtime.tasks.runs import configuration_of, partial_of
+    from throughtime.runs.configuration import Config
+    from throughtime.runs.fit import fit as train
+    from throughtime.runs.folder import configuration_of, partial_of
 
     options = _typed(context.params)
     if resume and run is None:
@@ -119,9 +110,8 @@ def fit(
 def _typed(params: Mapping[str, Any]) -> dict[str, Any]:
     """The options that were typed, as the configuration has them."""
     options = {name: value for name, value in params.items() if name not in ("config", "resume") and value is not None}
-    for name in ("features", "symbols"):
-        if name in options:
-            options[name] = listed(options[name])
+    for name in LISTS & set(options):
+        options[name] = listed(options[name])
     for name in ("clip", "patience"):
         if name in options:
             options[name] = _number_or_word(options[name])
@@ -139,7 +129,7 @@ def _number_or_word(text: str) -> int | float | str:
 
 def _unused(config: Config) -> Path:
     """The first of DATA-CELL, DATA-CELL-2, ... that no run has, finished or not."""
-    from throughtime.tasks.runs import partial_of
+    from throughtime.runs.folder import partial_of
 
     data, cell = config.data.file, config.network.cell
     name = f"{Path(data).name.split('.')[0]}-{Path(cell.split(':')[-1]).stem}"
@@ -147,14 +137,14 @@ def _unused(config: Config) -> Path:
     return next(path for path in map(Path, names) if not (path.exists() or partial_of(path).exists()))
 
 
-def _print(run: LoadedRun) -> None:
+def _print(run: FinishedRun) -> None:
     """The score beside the baselines, and where the run is."""
-    from throughtime.insight.report import Table
+    from throughtime.report.page import Table
 
     result = run.result
-    unit = "steps" if run.encoder.task == "tag" else "sequences"
-    rows = [(baseline["name"], f"{baseline['score']:.1%}") for baseline in result["baselines"]]
+    task = run.encoder.task
+    rows = [(baseline["name"], task.shown(baseline["score"])) for baseline in result["baselines"]]
     network = run.configuration.network
-    rows.append((f"{run.model.recurrent.cell.name}, {network.hidden_size} units", f"{result['score']:.1%}"))
-    print_table(Table(("", f"right of {result['count']:,} test {unit}"), tuple(rows)))
+    rows.append((f"{run.model.recurrent.cell.name}, {network.hidden_size} units", task.shown(result["score"])))
+    print_table(Table(("", f"{task.measure} of {result['count']:,} test {task.words.unit}"), tuple(rows)))
     typer.echo(f"Run: {run.path}, report: {run.path / 'report.html'}")

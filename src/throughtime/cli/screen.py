@@ -1,4 +1,4 @@
-"""What the commands share of the terminal: lists as they are typed, tables, bars of progress."""
+"""What the commands share of the terminal: tables, bars of progress."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ import typer
 from throughtime.errors import ThroughtimeError
 
 if TYPE_CHECKING:
-    from throughtime.insight.report import Table
-    from throughtime.tasks.fitting import Event
-
-
-def listed(names: str) -> list[str]:
-    """Names as they are typed, with commas between them."""
-    return [name.strip() for name in names.split(",") if name.strip()]
+    from throughtime.report.page import Table
+    from throughtime.runs.fit import Event
 
 
 @contextmanager
@@ -39,12 +34,12 @@ def epochs_trained(epochs: int) -> Iterator[Callable[[str, int], None]]:
 
 @contextmanager
 def training() -> Iterator[Callable[[Event], None]]:
-    """A bar on stderr for what `tasks.fitting.fit` tells: loss, score, steps a second and time left; notices above."""
+    """A bar on stderr for what `runs.fit.fit` tells: loss, score, steps a second and time left; notices above."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from throughtime.tasks.fitting import Notice
-    from throughtime.tasks.training import Epoch
+    from throughtime.runs.fit import Notice
+    from throughtime.training.loop import Epoch
 
     told, numbers = TextColumn("{task.description}"), TextColumn("{task.fields[numbers]}")
     screen = Console(stderr=True)

@@ -3,46 +3,39 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from throughtime.cli.options import FormatName, takes_columns
 from throughtime.cli.screen import print_table, say, standard_output, waiting
 
 if TYPE_CHECKING:
-    from throughtime.tasks.serving import Evaluation
+    from throughtime.runs.serve import Scored
 
 RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a finished run.", show_default=False)]
 Format = Annotated[
-    Literal["jsonl", "csv", "parquet", "txt", "conll"],
+    FormatName,
     typer.Option("--format", help="Of standard input, where DATA is -.", show_default=True),
 ]
 
 
-SequenceId = Annotated[str | None, typer.Option(help="Column of the ids, if not named as in the training.")]
-Time = Annotated[str | None, typer.Option(help="Column that orders the steps, if not named as in the training.")]
-Target = Annotated[str | None, typer.Option(help="Column with the label, if not named as in the training.")]
-
-
+@takes_columns(renamed=True)
 def evaluate(
     run: RunFolder,
     data: Annotated[str, typer.Argument(help="A labelled file like the one of the training; - is standard input.")],
+    columns: dict[str, str],
     kind: Format = "jsonl",
-    sequence_id: SequenceId = None,
-    time: Time = None,
-    target: Target = None,
     out: Annotated[Path | None, typer.Option(help="JSON file to write, with the confusions too.")] = None,
 ) -> None:
     """Score the model of RUN on labelled DATA, class by class."""
-    from throughtime.tasks import serving
-    from throughtime.tasks.runs import load
+    from throughtime.runs import serve as serving
+    from throughtime.runs.folder import load
 
     if out is not None:
         serving.refuse_output(out, (".json",))
-    columns = _named(sequence_id=sequence_id, time=time, target=target)
     with waiting(f"scoring {data}"):
         found = serving.evaluate(load(run), data, kind=f".{kind}", columns=columns)
     for notice in found.notices:
@@ -53,25 +46,23 @@ def evaluate(
     _print(found)
 
 
+@takes_columns(renamed=True)
 def predict(
     run: RunFolder,
+    columns: dict[str, str],
     data: Annotated[str, typer.Argument(help="A file like the one of the training; labels are not looked at.")] = "-",
     kind: Format = "jsonl",
-    sequence_id: SequenceId = None,
-    time: Time = None,
-    target: Target = None,
     out: Annotated[Path | None, typer.Option(help="File to write: .jsonl, .csv or .parquet.")] = None,
 ) -> None:
     """Write what the model of RUN says of each sequence in DATA: labels and probabilities.
 
     Without --out the answers go to standard output as JSON lines; without DATA it reads standard input.
     """
-    from throughtime.tasks import serving
-    from throughtime.tasks.runs import load
+    from throughtime.runs import serve as serving
+    from throughtime.runs.folder import load
 
     if out is not None:
         serving.refuse_output(out)
-    columns = _named(sequence_id=sequence_id, time=time, target=target)
     with waiting(f"answering {data}"):
         loaded = load(run)
         sequences = serving.read_for(loaded, data, labelled=False, kind=f".{kind}", columns=columns)
@@ -99,8 +90,8 @@ def stream(
     In: {"id": "a", "x": [0.5, 1.2]}, or "x" as an object with the columns' names. {"id": "a", "end": true} ends a
     sequence. A line that cannot be answered gets a line with its error, and changes nothing.
     """
-    from throughtime.tasks.runs import load
-    from throughtime.tasks.streaming import Streams, serve
+    from throughtime.runs.folder import load
+    from throughtime.runs.streaming import Streams, serve
 
     loaded = load(run)
     streams = Streams(loaded.model, loaded.encoder, most=most, when_full=when_full)
@@ -114,24 +105,6 @@ def stream(
         serve(streams, sys.stdin.buffer, stdout)
 
 
-def _named(**columns: str | None) -> dict[str, str]:
-    return {role: column for role, column in columns.items() if column is not None}
-
-
-def _print(found: Evaluation) -> None:
-    from throughtime.insight.report import Table
-
-    rows = tuple(
-        (name, f"{count:,}", _share(recall), _share(precision)) for name, count, recall, precision in found.by_class()
-    )
-    print_table(Table(("class", "steps" if found.task == "tag" else "sequences", "recall", "precision"), rows))
-    unit = "steps" if found.task == "tag" else "sequences"
-    label, share = found.commonest
-    typer.echo(
-        f"{found.accuracy:.1%} of {found.total:,} {unit} right; the commonest class there, {label!r}, is {share:.1%}."
-        f" Mean -ln p of the right class: {found.log_loss:.4g}."
-    )
-
-
-def _share(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.1%}"
+def _print(found: Scored) -> None:
+    print_table(found.score.table())
+    typer.echo(found.score.sentence())

@@ -383,7 +383,7 @@ class _Stager:
         while waiting:
             asker, steps = waiting[-1]
             try:
-                wanted = steps.send(answer)
+                wanted = steps.send(answer)  # type: ignore[arg-type]
             except StopIteration as finished:
                 answer = self.done[asker] = finished.value
                 waiting.pop()

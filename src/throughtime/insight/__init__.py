@@ -1,1 +1,1 @@
-"""How far the signal reaches: the numbers, and apart from them their drawing."""
+"""How far the signal reaches, in numbers; `report` draws them and puts them into words."""

@@ -73,7 +73,7 @@ class Trial:
 
 
 @dataclass(frozen=True, eq=False)
-class Training:
+class History:
     """What the training wrote down, by epoch: arrays are [epochs], NaN where an epoch has none.
 
     `norms` are the median norms of all gradients together, `clip_rates` the share of updates that clipping changed and
@@ -100,7 +100,7 @@ class Diagnosis:
     before: Seen | None = None
     after: Seen | None = None
     trials: Sequence[Trial] = ()
-    training: Training | None = None
+    history: History | None = None
     norms: Sequence[float] = ()
     clip: float | None = None
     by_step: bool = False

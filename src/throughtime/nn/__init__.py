@@ -3,7 +3,8 @@
 from throughtime.nn.cells import GRUCell, LSTMCell, RNNCell
 from throughtime.nn.drop_in import GRU, LSTM, RNN
 from throughtime.nn.dropout import Masks
-from throughtime.nn.readout import LastStep, PerStep, ragged_loss
+from throughtime.nn.losses import Losses, class_losses, ragged_loss
+from throughtime.nn.readout import LastStep, PerStep
 from throughtime.nn.recurrent import Layer, Recurrent, explain
 from throughtime.nn.replacing import Upgrade, restore, upgrade
 from throughtime.nn.stream import Stream
@@ -17,6 +18,7 @@ __all__ = [
     "LSTMCell",
     "LastStep",
     "Layer",
+    "Losses",
     "Masks",
     "PerStep",
     "RNNCell",
@@ -25,6 +27,7 @@ __all__ = [
     "Upgrade",
     "Window",
     "Windows",
+    "class_losses",
     "explain",
     "ragged_loss",
     "restore",

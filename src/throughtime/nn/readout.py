@@ -1,21 +1,18 @@
-"""From states to answers: read-outs per step and at the last step, and the loss over ragged sequences."""
+"""From states to answers: read-outs per step and at the last step."""
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from throughtime.errors import ShapeError, ThroughtimeError
+from throughtime.errors import ShapeError
 from throughtime.nn.layout import Lengths, read_lengths, within
 
 
 class PerStep(torch.nn.Module):
     """y_t = g(x_t, h_t): an affine map of the state at every step and, with `input_size`, of the input beside it.
 
-    It gives logits: softmax (one class) or sigmoid (several at once) belongs to the loss, see `ragged_loss`.
+    It gives logits: softmax (one class) or sigmoid (several at once) belongs to the loss, see `losses.ragged_loss`.
     `in_features` is the layer's output width, both directions together.
     """
 
@@ -99,77 +96,6 @@ class LastStep(torch.nn.Module):
     def _answer(self, features: Tensor) -> Tensor:
         logits: Tensor = self.linear(features)
         return logits
-
-
-def ragged_loss(
-    logits: Tensor,
-    targets: Tensor,
-    lengths: Lengths | None = None,
-    *,
-    normalise: Literal["sequences", "steps"] = "sequences",
-    multi_label: bool = False,
-    batch_first: bool = False,
-) -> Tensor:
-    """The negative log-likelihood of per-step targets, over sequences of any lengths.
-
-    logits [T, B, C] (or [B, T, C]). targets: classes [T, B], integers, under softmax; with `multi_label`, 0 to 1 for
-    each label, [T, B, C], under sigmoid, where a step's loss is the sum over its labels. What lies past an end is never
-    read, and its gradient is zero.
-
-    normalise="sequences": summed over a sequence's steps, averaged over the B sequences (those of length 0 count);
-    "steps": averaged over all real steps. Raises ShapeError for shapes and types that do not fit, and where there is
-    nothing to average over.
-    """
-    if normalise not in ("sequences", "steps"):
-        raise ThroughtimeError(f'normalise is {normalise!r}; it is "sequences" or "steps"')
-    _check_targets(logits, targets, multi_label)
-    logits, targets = _time_first(logits, batch_first), _time_first(targets, batch_first)
-    steps, rows = logits.shape[:2]
-    logits, targets = logits.flatten(0, 1), targets.flatten(0, 1)
-    counts = (steps,) * rows if lengths is None else read_lengths(lengths, steps, rows)
-    if sum(counts) < steps * rows:
-        real = within(counts, steps, logits.device).flatten().nonzero().squeeze(1)
-        logits, targets = logits.index_select(0, real), targets.index_select(0, real)
-    number = rows if normalise == "sequences" else sum(counts)
-    if number == 0:
-        raise ShapeError(f"there are no {normalise} to average the loss over; leave out batches without any")
-    if multi_label:
-        total = functional.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="sum")
-    else:
-        total = -_chosen(functional.log_softmax(logits, -1), targets).sum()
-    return total / number
-
-
-def _chosen(log_p: Tensor, targets: Tensor) -> Tensor:
-    """log p of each step's class. Not torch's cross_entropy, which leaves out classes of -100 without a word."""
-    try:
-        return log_p.gather(1, targets.long()[:, None])
-    except (IndexError, RuntimeError) as error:
-        wrong = targets[(targets < 0) | (targets >= log_p.shape[1])]
-        if wrong.numel() == 0:
-            raise
-        raise ShapeError(
-            f"targets hold {wrong[0].item()} at a step that counts, but the classes are 0 to {log_p.shape[1] - 1}; "
-            "shorten lengths= if it is padding"
-        ) from error
-
-
-def _check_targets(logits: Tensor, targets: Tensor, multi_label: bool) -> None:
-    if logits.dim() != 3:
-        raise ShapeError(
-            f"logits have shape {list(logits.shape)}; they must be [T, B, C], or [B, T, C] with batch_first"
-        )
-    wanted = logits.shape if multi_label else logits.shape[:2]
-    if targets.shape != wanted:
-        kind = "a number for each label" if multi_label else "a class for each step"
-        raise ShapeError(
-            f"targets have shape {list(targets.shape)}; beside these logits they are {list(wanted)}, {kind}"
-        )
-    if not multi_label and (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool):
-        raise ShapeError(
-            f"targets are {targets.dtype}; classes are integers (use .long()); for several labels a step say "
-            "multi_label=True"
-        )
 
 
 def _features(outputs: Tensor, x: Tensor | None, input_size: int) -> Tensor:

@@ -1,1 +1,1 @@
-"""What people come to do: read a table, train on it, compare cells."""
+"""What can be learnt: a file for each task."""

@@ -1,0 +1,1 @@
+"""What is shown: words, pictures and pages, from numbers that were measured elsewhere."""

@@ -1,0 +1,1 @@
+"""Runs: what makes a run folder of a configuration, and what a finished one can do."""
