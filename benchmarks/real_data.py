@@ -37,6 +37,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from throughtime.data.batches import Batch, Part
 from throughtime.data.sequences import Sequences
 from throughtime.equations.catalogue import CELLS
+from throughtime.nn import Masks
 from throughtime.tasks.encoding import Encoded, encode
 from throughtime.tasks.model import Architecture, SequenceModel, build
 from throughtime.tasks.table import TASKS, read
@@ -125,7 +126,7 @@ class Plain(SequenceModel):
         self.layer = TORCH[cell](shape.input_size, shape.hidden_size, bidirectional=shape.bidirectional)
         self.linear = nn.Linear(shape.hidden_size * (2 if shape.bidirectional else 1), shape.answers)
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, masks: Masks | None = None) -> Tensor:
         """Logits [B, classes] to classify, [T, B, classes] to tag."""
         embedded = [embedding(batch.symbols[..., i]) for i, embedding in enumerate(self.embeddings)]
         x = torch.cat([batch.x, *embedded], -1)

@@ -16,7 +16,7 @@ from as_typed import CLASSIFY, TAG, predict, targets_of
 from torch import Tensor, nn
 from torch.nn import functional
 
-from throughtime.data.batches import Part
+from throughtime.data.batches import Batch, Part
 from throughtime.equations.catalogue import CELLS
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
@@ -88,6 +88,36 @@ def test_the_same_seed_gives_the_same_bits_and_another_seed_does_not():
     assert told(same) == told(epochs)
     assert same_bits(weights(again), weights(first))
     assert told(trained(first_sign(), recipe, dropout=0.3, seed=1)[1]) != told(epochs)
+
+
+def test_dropout_does_not_depend_on_company_or_on_windows():
+    """One sequence's output in training is the same in a batch, alone and cut in two: its masks are its own."""
+    model, part = model_for(signs_before(), dropout=0.5, num_layers=2).train(), signs_before()
+    rows = part.lengths.argsort(descending=True)[:3]
+    training = Training(model, part, Recipe(batch_size=3), seed=4)
+    longest = int(part.lengths[rows[0]])
+    whole = model(part.batch(rows), training._masks(Chunk(rows, 0, longest)))
+    assert not torch.equal(whole, model(part.batch(rows), training._masks(Chunk(rows.flip(0), 0, longest))))
+    alone = model(part.batch(rows[:1]), training._masks(Chunk(rows[:1], 0, longest)))
+    torch.testing.assert_close(whole[:, :1], alone)
+    first, second = cut_in_two(part.batch(rows[:1]), 2)
+    early, states = model.run(first, None, training._masks(Chunk(rows[:1], 0, 2)))
+    late, _ = model.run(second, states, training._masks(Chunk(rows[:1], 2, longest)))
+    torch.testing.assert_close(torch.cat([early, late]), alone)
+
+
+def cut_in_two(batch: Batch, at: int) -> tuple[Batch, Batch]:
+    parts = ((slice(None, at), torch.tensor([at])), (slice(at, None), batch.lengths - at))
+    first, second = (Batch(batch.x[s], batch.symbols[s], lengths, batch.targets[s]) for s, lengths in parts)
+    return first, second
+
+
+def test_a_checkpoint_whose_masks_came_from_a_generator_is_refused():
+    model, part = model_for(first_sign(), dropout=0.5), first_sign()
+    taken = Training(model, part, Recipe(), seed=0).snapshot()
+    earlier = Snapshot({**taken.tensors, "random.cpu": torch.get_rng_state()}, taken.record)
+    with pytest.raises(ThroughtimeError, match="whose dropout masks cannot be gone on with"):
+        Training(model, part, Recipe(), seed=0).restore(earlier)
 
 
 def test_training_leaves_the_callers_random_numbers_alone_and_does_not_listen_to_them():

@@ -80,6 +80,14 @@ def drop(x: Tensor, probability: float, key: Tensor, depth: int) -> Tensor:
     return x * noise
 
 
+def dropped(outputs: Tensor, probability: float, masks: Masks | None, depth: int) -> Tensor:
+    """Outputs [T, B, units] of a layer, dropped as layer number `depth` would drop its input; without masks, at random.
+
+    For what comes after the last layer, whose own masks end at `num_layers - 1`.
+    """
+    return drop(outputs, probability, keys(masks, Layout(*outputs.shape[:2]), outputs.device), depth)
+
+
 def _noise(key: Tensor, units: int, probability: float, dtype: torch.dtype) -> Tensor:
     """For keys [T, B], what each unit is multiplied by: [T, B, units]."""
     bits = _drawn(key.unsqueeze(-1), torch.arange((units + 1) // 2, device=key.device)).view(torch.int32)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from throughtime.data.batches import Batch, Part
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
 from throughtime.nn import LastStep, PerStep, Recurrent
+from throughtime.nn.dropout import Masks, dropped
 from throughtime.nn.layout import State
 from throughtime.nn.stream import Stream
 from throughtime.tasks.task import Task
@@ -132,17 +132,25 @@ class SequenceModel(nn.Module):
         asked.by_step = True
         return asked
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Batch, masks: Masks | None = None) -> Tensor:
         """The answers to ragged sequences: [B, answers], or [T, B, answers] by step (past an end the bias)."""
-        return self.run(batch)[0]
+        return self.run(batch, masks=masks)[0]
 
-    def run(self, batch: Batch, h_0: tuple[Tensor, ...] | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def run(
+        self, batch: Batch, h_0: tuple[Tensor, ...] | None = None, masks: Masks | None = None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Answers as `forward` has them, and every state at the sequences' ends: [layers * directions, B, width] each.
 
         `h_0` are states to begin with, those at the end of an earlier run, say; zeros if not given.
+        `masks` says which dropout masks to use in training; without it, those of a seed drawn from torch's generator.
         """
-        outputs, ends = self.recurrent(self.inputs(batch.x, batch.symbols), h_0, lengths=batch.lengths)  # [T, B, width]
-        outputs = functional.dropout(outputs, self.architecture.dropout, self.training)
+        drops = self.training and self.architecture.dropout > 0
+        if drops and masks is None:
+            masks = Masks(torch.randint(-(2**63), 2**63 - 1, ()))
+        x = self.inputs(batch.x, batch.symbols)
+        outputs, ends = self.recurrent(x, h_0, lengths=batch.lengths, masks=masks)  # [T, B, width]
+        if drops:
+            outputs = dropped(outputs, self.architecture.dropout, masks, self.architecture.num_layers)
         answers: Tensor = self.readout(outputs) if self.by_step else self.readout(outputs, batch.lengths)
         return answers, ends if isinstance(ends, tuple) else (ends,)
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from throughtime.data.batches import Batch, Part
 from throughtime.errors import ThroughtimeError
 from throughtime.insight.watch import Watch
 from throughtime.nn.clipping import suggest_clip
+from throughtime.nn.dropout import Masks
 from throughtime.tasks.model import SequenceModel
 from throughtime.tasks.table import TASKS
 from throughtime.tasks.task import Codec, Score
@@ -196,7 +198,7 @@ class Training:
         self.epoch = 0  # of those that are complete
         self.position = 0  # chunks of the present epoch that are done
         self.order = torch.Generator().manual_seed(seed).get_state()  # as the present epoch began
-        self.dropout = _drawn_from(seed, self.device)
+        self.seed = seed
         self.carried: tuple[Tensor, ...] | None = None
         self.updates = 0
         self.norms: list[float] = []
@@ -247,11 +249,10 @@ class Training:
         # Losses are summed and divided by the count of the whole window, known before its first backward pass. Where
         # processes share the work, they add up this count and then the gradients, and nothing else.
         count, loss = sum(self._count(chunk) for chunk in window), 0.0
-        with self._own_random_numbers():
-            for chunk in window:
-                summed = self._summed_loss(chunk)
-                (summed / count).backward()
-                loss += summed.item()
+        for chunk in window:
+            summed = self._summed_loss(chunk)
+            (summed / count).backward()
+            loss += summed.item()
         if not math.isfinite(loss):
             self._refuse(f"the loss is {loss}")
         self._clip()
@@ -297,7 +298,7 @@ class Training:
         tensors = {f"weights.{name}": tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self.best_weights.items()}
         tensors |= {f"carried.{number}": state for number, state in enumerate(self.carried or ())}
-        tensors |= {"random.order": self.order} | {f"random.{name}": state for name, state in self.dropout.items()}
+        tensors |= {"random.order": self.order}
         for number, state in self.optimiser.state_dict()["state"].items():
             tensors |= {f"optimiser.{number}.{key}": value for key, value in state.items()}
         return Snapshot(
@@ -317,6 +318,10 @@ class Training:
     def restore(self, snapshot: Snapshot) -> None:
         """Go on from where a snapshot was taken. Raises ThroughtimeError for one of another model or recipe."""
         tensors, record = snapshot.tensors, snapshot.record
+        if "random.cpu" in tensors and self.model.architecture.dropout > 0:
+            raise ThroughtimeError(
+                "the checkpoint was written by version 0.1.0, whose dropout masks cannot be gone on with; train anew"
+            )
         try:
             self.model.load_state_dict(_under("weights.", tensors))
             groups = self.optimiser.state_dict()["param_groups"]
@@ -326,7 +331,6 @@ class Training:
                 state.setdefault(int(number), {})[key] = value
             self.optimiser.load_state_dict({"state": state, "param_groups": groups})
             self.order = tensors["random.order"]
-            self.dropout = {name: tensors[f"random.{name}"] for name in self.dropout}
             self.best_weights = _under("best.", tensors)
             self.carried = tuple(state.to(self.device) for state in _under("carried.", tensors).values()) or None
             self.epoch, self.position, self.updates = record["epoch"], record["position"], record["updates"]
@@ -355,11 +359,11 @@ class Training:
     def _summed_loss(self, chunk: Chunk) -> Tensor:
         if self._padded is None or self._padded[0] is not chunk.rows:
             self._padded = chunk.rows, self.part.batch(chunk.rows).to(self.device)
-        batch = self._padded[1]
+        batch, masks = self._padded[1], self._masks(chunk)
         if self.recipe.truncate is None:
-            return self.model.task.losses(self.model(batch), batch).total()
+            return self.model.task.losses(self.model(batch, masks), batch).total()
         inside = _window(batch, chunk)
-        output, states = self.model.run(inside, self.carried if chunk.start else None)
+        output, states = self.model.run(inside, self.carried if chunk.start else None, masks)
         self.carried = tuple(state.detach() for state in states)
         return self.model.task.losses(output, inside).total()
 
@@ -397,26 +401,10 @@ class Training:
         self.best_weights = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         return True
 
-    @contextmanager
-    def _own_random_numbers(self) -> Iterator[None]:
-        """Dropout draws from the training's own numbers; the caller's are as they were."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.set_rng_state(self.dropout["cpu"])
-            if devices:
-                torch.cuda.set_rng_state(self.dropout["cuda"], self.device)
-            yield
-            self.dropout["cpu"] = torch.get_rng_state()
-            if devices:
-                self.dropout["cuda"] = torch.cuda.get_rng_state(self.device)
-
-
-def _drawn_from(seed: int, device: torch.device) -> dict[str, Tensor]:
-    """The states of the generators that dropout draws from, for one seed."""
-    states = {"cpu": torch.Generator().manual_seed(seed).get_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.Generator(device).manual_seed(seed).get_state()
-    return states
+    def _masks(self, chunk: Chunk) -> Masks:
+        """Dropout masks by seed and epoch, sequence and step: whatever the batches, the windows and the breaks."""
+        (drawn,) = np.random.SeedSequence([self.seed, self.epoch]).generate_state(1, np.uint64).astype(np.int64)
+        return Masks(int(drawn), chunk.start, chunk.rows)
 
 
 def _window(batch: Batch, chunk: Chunk) -> Batch:
