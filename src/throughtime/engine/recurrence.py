@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from throughtime.engine import border
-from throughtime.engine.precision import no_autocast
+from throughtime.engine.precision import no_autocast, widened
 from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets import TARGETS, reference, target
 from throughtime.engine.targets.target import Stepper
@@ -277,13 +277,17 @@ def _backward_elsewhere(
 def _through_reference(
     problem: Problem, d_outputs: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
-    """A backward pass that can be differentiated (create_graph=True) and batched: autograd through the reference."""
+    """A backward pass that can be differentiated (create_graph=True) and batched: autograd through the reference.
+
+    In half precision it goes through float32 and each gradient is rounded once, as on the target that ran forward.
+    """
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         # Names of their own, so that no path from one tensor leads through another (x may itself depend on a weight).
         problem = problem.with_tensors([tensor.view_as(tensor) for tensor in problem.tensors])
         wanted = [tensor for tensor, need in zip(problem.tensors, needs, strict=True) if need]
-        result = reference.forward(problem)
+        result = reference.forward(problem.with_tensors([widened(tensor) for tensor in problem.tensors]))
+    d_outputs = [None if d is None else widened(d) for d in d_outputs]
     pairs = zip((result.output, *result.states), d_outputs, strict=True)
     outputs = [(o, d) for o, d in pairs if o.requires_grad and d is not None]
     found = iter(

@@ -32,6 +32,9 @@ class Stream:
     The weights are a snapshot: they are copied and packed when the stream is made, and what is written to the layer's
     parameters afterwards is not seen until `refresh()`. A stream is for inference: it computes no gradients, applies no
     dropout, and serves one caller at a time. Its state is plain tensors (`state`, `state_dict`).
+
+    On the CPU target a stream of a bfloat16 or float16 layer carries its states in float32. `state_dict` holds them so,
+    and what loads it goes on with the same bits; `state` is rounded to the layer's dtype, as h_n is.
     """
 
     def __init__(self, layer: Layer, batch_size: int | None = None, *, h_0: State | None = None) -> None:
@@ -111,8 +114,18 @@ class Stream:
                 "torch.func transform or a mode at work? Step a stream outside it, on plain tensors"
             ) from error
 
-    def _check(self, name: str, tensor: Any, letters: tuple[str, ...], shape: Sequence[object]) -> None:
-        """Refuse what cannot be read as a tensor of this shape; a size may be a text such as `1 or 4`."""
+    def _check(
+        self,
+        name: str,
+        tensor: Any,
+        letters: tuple[str, ...],
+        shape: Sequence[object],
+        also: torch.dtype | None = None,
+    ) -> None:
+        """Refuse what cannot be read as a tensor of this shape; a size may be a text such as `1 or 4`.
+
+        Its dtype is the layer's, or `also`.
+        """
         if not isinstance(tensor, Tensor):
             raise ShapeError(f"{name} is {type(tensor).__name__}; a stream takes a Tensor (use torch.as_tensor)")
         fits = len(tensor.shape) == len(shape) and all(
@@ -123,7 +136,8 @@ class Stream:
             raise ShapeError(
                 f"{name} has shape {list(tensor.shape)}; this stream takes {shape_text(letters, shape)} at each step"
             )
-        if tensor.dtype != self._dtype or tensor.device != self._snapshot.device:
+        carried = also is not None and tensor.dtype == also
+        if (tensor.dtype != self._dtype and not carried) or tensor.device != self._snapshot.device:
             raise ShapeError(
                 f"{name} is {tensor.dtype} on {tensor.device}, and the stream's weights are {self._dtype} on "
                 f"{self._snapshot.device}; convert it with .to(...)"
@@ -170,13 +184,17 @@ class Stream:
         A tuple of such for a cell with several states. Reading gives copies; what is assigned is copied. Rows can be
         put in another order, or doubled, by assigning `state[:, rows]`.
         """
-        states = tuple(state.to(self._dtype) for state in self._steps.read())
-        shown = states if self._is_batched else tuple(state.squeeze(1) for state in states)
+        shown = tuple(state.to(self._dtype) for state in self._carried())
         return shown if len(shown) > 1 else shown[0]
 
     @state.setter
     def state(self, value: State) -> None:
         self._steps.write(self._read_state(value))
+
+    def _carried(self) -> tuple[Tensor, ...]:
+        """Copies of the states in the precision in which they are carried, [layers, B, width] (no B without a batch)."""
+        states = self._steps.read()
+        return states if self._is_batched else tuple(state.squeeze(1) for state in states)
 
     def _read_state(self, value: State) -> list[Tensor]:
         """The caller's state as [layers, B, width] for each state. Raises ShapeError for what does not fit."""
@@ -187,15 +205,18 @@ class Stream:
             raise ShapeError(f"the state is {len(given)} value(s); {cell.name} wants {wanted}")
         rows = (self._rows,) if self._is_batched else ()
         letters = ("layers", "B", "width")
+        carried = self._steps.read()[0].dtype
         with torch.no_grad():
             for name, size, tensor in zip(cell.states, self._snapshot.sizes, given, strict=True):
-                self._check(f"the state {name}", tensor, letters, (depth, *rows, size))
+                self._check(f"the state {name}", tensor, letters, (depth, *rows, size), also=carried)
         return [tensor.detach().reshape(depth, self._rows, -1) for tensor in given]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state by name, [layers, B, width] each (no B without a batch): plain tensors, copied."""
-        state = self.state
-        return dict(zip(self._snapshot.cell.states, state if isinstance(state, tuple) else (state,), strict=True))
+        """The state by name, [layers, B, width] each (no B without a batch): plain tensors, copied.
+
+        In the precision in which the states are carried: float32 for a bfloat16 or float16 layer on the CPU target.
+        """
+        return dict(zip(self._snapshot.cell.states, self._carried(), strict=True))
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over what `state_dict` gave. Raises ShapeError for what does not fit, and changes nothing then."""

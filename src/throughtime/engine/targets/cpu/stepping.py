@@ -8,7 +8,7 @@ and a step that does not come to its end has changed nothing.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -126,6 +126,10 @@ class Steps:
             for frame in frames:
                 frame[self.place["reset"]] = 0
 
+    def go_back(self) -> None:
+        """Forget the last step: the states before it lie on the other side still."""
+        self.side = 1 - self.side
+
     def _together(self, addresses: list[int]) -> None:
         """Each share of the rows through all layers, on as many threads as torch uses now."""
         with gang.gathered(min(torch.get_num_threads(), len(addresses))) as crew:
@@ -150,31 +154,50 @@ class Steps:
 
 
 class HalfSteps:
-    """Steps in bfloat16 or float16: states are carried in float32, and what is shown is rounded once."""
+    """Steps in bfloat16 or float16: states are carried in float32, and what each layer shows is rounded once.
 
-    def __init__(self, single: Steps, dtype: torch.dtype) -> None:
-        self.single, self.dtype = single, dtype
+    `layers` are the steps of each layer alone, for the next layer reads what was rounded, as in a whole run.
+    """
+
+    def __init__(self, layers: Sequence[Steps], dtype: torch.dtype) -> None:
+        self.layers, self.dtype = layers, dtype
 
     def beside(self, layers: Sequence[Problem], batched: bool) -> HalfSteps:
         """Steps of the same layers for another number of rows."""
         wide = [layer.with_tensors([tensor.float() for tensor in layer.tensors]) for layer in layers]
-        return HalfSteps(self.single.beside(wide, batched), self.dtype)
+        pairs = zip(self.layers, wide, strict=True)
+        return HalfSteps([own.beside([layer], batched) for own, layer in pairs], self.dtype)
 
     def step(self, x: Tensor) -> Tensor:
         """One step on rows of x."""
-        return self.single.step(x.float()).to(self.dtype)
+        return self._through(x, lambda layer, rows: layer.step(rows))
 
     def step_with(self, x: Tensor, outside: Sequence[Tensor], reset: Tensor | None) -> Tensor:
         """A step with outside inputs and resets."""
-        return self.single.step_with(x.float(), [value.float() for value in outside], reset).to(self.dtype)
+        wide = [value.float() for value in outside]
+        return self._through(x, lambda layer, rows: layer.step_with(rows, wide, reset))
+
+    def _through(self, x: Tensor, step: Callable[[Steps, Tensor], Tensor]) -> Tensor:
+        border.check((x,), self.dtype)
+        done: list[Steps] = []
+        try:
+            for layer in self.layers:
+                x = step(layer, x.float()).to(self.dtype)
+                done.append(layer)
+        except BaseException:
+            for layer in done:
+                layer.go_back()
+            raise
+        return x
 
     def read(self) -> tuple[Tensor, ...]:
         """The states, [layers, B, width] each, in float32."""
-        return self.single.read()
+        return tuple(torch.cat(states) for states in zip(*(layer.read() for layer in self.layers), strict=True))
 
     def write(self, states: Sequence[Tensor]) -> None:
         """Take over states of these shapes."""
-        self.single.write(states)
+        for depth, layer in enumerate(self.layers):
+            layer.write([state[depth : depth + 1] for state in states])
 
 
 def _address(x: Tensor, dtype: torch.dtype) -> int:

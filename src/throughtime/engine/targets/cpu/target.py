@@ -17,6 +17,7 @@ from torch import Tensor
 
 from throughtime.engine import border
 from throughtime.engine import plan as plans
+from throughtime.engine.precision import HALF
 from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets.cpu import compiled, gang, llvm, segments
 from throughtime.engine.targets.cpu.backward_setting import BackwardSetting, block_steps
@@ -32,9 +33,6 @@ KEPT_BYTES = 4 * 1024 * 1024
 
 OWN = (torch.float32, torch.float64)
 """The formats of the kernels."""
-
-HALF = (torch.bfloat16, torch.float16)
-"""Formats that are read and written at the edges of a run, and computed in float32."""
 
 
 class Cpu(Target):
@@ -84,8 +82,7 @@ class Cpu(Target):
         if problem.x.dtype not in HALF:
             return [Spec(shape, problem.x.dtype) for shape in _workspace_shapes(problem)]
         output = (problem.steps, problem.rows, problem.sizes[problem.cell.output])
-        shapes = _workspace_shapes(problem, itemsize=torch.float32.itemsize)
-        return [Spec(shape, torch.float32) for shape in (output, *shapes)]
+        return [Spec(shape, torch.float32) for shape in (output, *_workspace_shapes(_shapes_widened(problem)))]
 
     def backward(
         self,
@@ -113,7 +110,7 @@ class Cpu(Target):
             _pass(layer)
         if layers[0].x.dtype not in HALF:
             return stepping.Steps(layers, batched)
-        return stepping.HalfSteps(stepping.Steps([_widened(layer) for layer in layers], batched), layers[0].x.dtype)
+        return stepping.HalfSteps([stepping.Steps([_widened(layer)], batched) for layer in layers], layers[0].x.dtype)
 
     def listing(self, cell: Cell, assembly: bool = False) -> str:
         """The kernels of a step, as LLVM IR or assembly."""
@@ -156,6 +153,11 @@ def _widened(problem: Problem) -> Problem:
     return problem.with_tensors([tensor.float() for tensor in problem.tensors])
 
 
+def _shapes_widened(problem: Problem) -> Problem:
+    """The same shapes in float32, without the numbers."""
+    return problem.with_tensors([t.new_empty((), dtype=torch.float32).expand(t.shape) for t in problem.tensors])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs in the kernels' own formats
 
@@ -192,10 +194,10 @@ def _segment(problem: Problem, sizes: tuple[object, ...], say: bool = False) -> 
     return segments.length(problem.segments, problem.steps, block, say)
 
 
-def _workspace_shapes(problem: Problem, itemsize: int | None = None) -> list[tuple[int, ...]]:
-    """The shapes of the workspace, known before a run; `itemsize` is that of the numbers that are computed with."""
+def _workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
+    """The shapes of the workspace, known before a run."""
     cell = problem.cell
-    lanes = llvm.machine().lanes(itemsize or problem.x.element_size())
+    lanes = llvm.machine().lanes(problem.x.element_size())
     units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
     padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
     widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
