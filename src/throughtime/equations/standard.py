@@ -136,21 +136,45 @@ def standard(own: Cell) -> Standard | None:
         return None
     used = {node.op for node in own.nodes}
     units = [op for op in ACTIVATIONS if not op or op in used]
-    states = (own.output,) if len(own.states) == 1 else (own.output, 1 - own.output)
-    vectors = {node.data for node in own.nodes if node.op == "parameter"}
-    wanted = [_canonical(own, own.next[place], states, {gate: gate for gate in own.gates}, None) for place in states]
-    for operator, template, options, activations in _templates(units, any(space == "p" for space, _ in vectors)):
-        if len(template.gates) != len(own.gates) or len(template.states) != len(own.states):
-            continue
-        present = {(NAMESPACES[space], gate) for space, gate in vectors}
-        for order in permutations(own.gates):
-            names = dict(zip(template.gates, order, strict=True))
-            places = tuple(range(len(states)))
-            if wanted == [_canonical(template, template.next[p], places, names, present) for p in places]:
-                known = OWN_GATES[operator]
-                gates = {gate: names[name] for gate, name in known.items() if name in names}
-                return Standard(operator, gates, states, activations, **options)
+    peepholes = any(parameter.namespace == "p" for parameter in own.parameters)
+    for operator, template, options, activations in _templates(units, peepholes):
+        names = renamed(own, template)
+        if names is not None:
+            known = OWN_GATES[operator]
+            gates = {gate: names[name] for gate, name in known.items() if name in names}
+            return Standard(operator, gates, _places(own), activations, **options)
     return None
+
+
+def renamed(own: Cell, template: Cell) -> dict[str, str] | None:
+    """The cell's own name of each gate of a template whose mathematics it has, None where it has another.
+
+    Names, the order of gates and states, and the order of sums and products may differ, and biases and peepholes that
+    the template adds may be left out. A template shows its first state.
+    """
+    if len(template.gates) != len(own.gates) or len(template.states) != len(own.states):
+        return None
+    if own.outside or _written_out(own) > LONGEST:
+        return None
+    places = _places(own)
+    same = {gate: gate for gate in own.gates}
+    wanted = [_canonical(own, own.next[place], places, same, None) for place in places]
+    vectors = {node.data for node in own.nodes if node.op == "parameter"}
+    present = {(NAMESPACES[space], gate) for space, gate in vectors}
+    for order in permutations(own.gates):
+        names = dict(zip(template.gates, order, strict=True))
+        if all(
+            sum_ == _canonical(template, template.next[number], range(len(places)), names, present)
+            for number, sum_ in enumerate(wanted)
+        ):
+            return names
+    return None
+
+
+def _places(own: Cell) -> tuple[int, ...]:
+    """The places of the cell's states, the one that is shown first."""
+    others = [place for place in range(len(own.states)) if place != own.output]
+    return (own.output, *others)
 
 
 def _templates(units: Sequence[str], peepholes: bool) -> Iterator[tuple[str, Cell, dict[str, bool], tuple[str, ...]]]:

@@ -1,15 +1,17 @@
 """Torch's own fused operators, for devices that have no kernels of ours: cuDNN's and its like, lengths by packing.
 
-They know torch's equations alone: tanh and relu Elman, GRU, LSTM and LSTM with a projection, with biases or without. A
-cell is one of these if its graph is, whoever wrote it down. On a CPU the target can be asked for by name, so that it
-can be tested. It keeps no promise that only the `cpu` target makes: which bits a row gets may depend on its company.
+They know torch's equations alone: tanh and relu Elman, GRU, LSTM and LSTM with a projection, with both biases, one or
+none. A cell is one of these if its mathematics is, whoever wrote it down: names, the order of gates, sums and products
+may differ, and its weights are then put in torch's order for each run. On a CPU the target can be asked for by name, so
+that it can be tested. It keeps no promise that only the `cpu` target makes: which bits a row gets may depend on its
+company. Derivatives of derivatives are torch's own too, where its operator has them (cuDNN's has none, and says so).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -18,6 +20,11 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from throughtime.engine.problem import Problem, Result
 from throughtime.engine.targets.target import Target
 from throughtime.equations import catalogue, expr
+from throughtime.equations.cell import Cell
+from throughtime.equations.standard import renamed
+
+FORMATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+"""What torch's operators compute in."""
 
 
 class Native(Target):
@@ -28,12 +35,15 @@ class Native(Target):
 
     def refusal(self, problem: Problem) -> str | None:
         """Why the problem cannot run here, or None."""
-        if problem.cell.hash not in _operators():
+        if _operator(problem.cell) is None:
             return f"torch has no fused operator for the equations of {problem.cell.name}"
         if problem.reset is not None:
             return "torch's fused operators know no resets"
-        if not problem.x.dtype.is_floating_point:
-            return f"torch's fused operators take floating point, not {problem.x.dtype}"
+        x = problem.x
+        if x.dtype not in FORMATS:
+            return f"torch's fused operators take float32, float64, bfloat16 and float16, not {x.dtype}"
+        if any(t.dtype != x.dtype or t.device != x.device for t in problem.tensors):
+            return "its tensors differ in dtype or device"
         if problem.steps == 0 or problem.rows == 0 or 0 in problem.sizes or problem.x.shape[2] == 0:
             return "there is nothing to compute"
         return None
@@ -70,40 +80,80 @@ class Native(Target):
 TARGET = Native()
 
 
+@dataclass(frozen=True)
+class _Operator:
+    """One of torch's operators, and how a cell's tensors are laid out for it.
+
+    `states` holds the places of torch's h, and c, among the cell's states; `weights` torch's parameters in its order,
+    each with the cell's own names of the gates that it stacks.
+    """
+
+    name: str
+    states: tuple[int, ...]
+    weights: tuple[tuple[str, tuple[str, ...]], ...]
+
+
 @cache
-def _operators() -> dict[str, str]:
-    """The names of torch's operators by the hash of the equations that they compute."""
-    found = {
-        catalogue.Elman: "rnn_tanh",
-        catalogue.Elman(activation=expr.relu): "rnn_relu",
-        catalogue.GRU: "gru",
-        catalogue.LSTM: "lstm",
-        catalogue.ProjectedLSTM: "lstm",
-    }
-    return {each.hash: name for cell, name in found.items() for each in (cell, catalogue.without_biases(cell))}
+def _templates() -> tuple[tuple[str, Cell], ...]:
+    """The equations of torch's operators."""
+    return (
+        ("rnn_tanh", catalogue.Elman),
+        ("rnn_relu", catalogue.Elman(activation=expr.relu)),
+        ("gru", catalogue.GRU),
+        ("lstm", catalogue.LSTM),
+        ("lstm", catalogue.ProjectedLSTM),
+    )
 
 
-def _weights(problem: Problem) -> list[Tensor]:
-    """The parameters in torch's order, which is the cell's, with its projection last."""
-    order = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    named = {p.name: t for p, t in zip(problem.cell.parameters, problem.parameters, strict=True)}
-    return [named[name] for name in order if name in named]
+@lru_cache(maxsize=256)
+def _operator(cell: Cell) -> _Operator | None:
+    """Torch's operator for these equations, None if it has none."""
+    for name, template in _templates():
+        gates = renamed(cell, template)
+        if gates is None:
+            continue
+        biased = any(parameter.name.startswith("bias") for parameter in cell.parameters)
+        weights = tuple(
+            (parameter.name, tuple(gates[gate] for gate in parameter.gates))
+            for parameter in template.parameters
+            if biased or not parameter.name.startswith("bias")
+        )
+        others = tuple(place for place in range(len(cell.states)) if place != cell.output)
+        return _Operator(name, (cell.output, *others), weights)
+    return None
+
+
+def _weights(problem: Problem, operator: _Operator) -> list[Tensor]:
+    """The parameters as torch stacks them; a bias that the cell does not have is zero."""
+    own = {p.name: (p.gates, t) for p, t in zip(problem.cell.parameters, problem.parameters, strict=True)}
+    found = []
+    for name, wanted in operator.weights:
+        gates, tensor = own.get(name, ((), None))
+        if tensor is not None and gates == wanted:
+            found.append(tensor)
+            continue
+        blocks = {} if tensor is None else dict(zip(gates, tensor.chunk(len(gates)), strict=True))
+        nothing = problem.x.new_zeros(problem.hidden_size)
+        found.append(torch.cat([blocks.get(gate, nothing) for gate in wanted]))
+    return found
 
 
 def _call(problem: Problem, data: Tensor, batch_sizes: Tensor | None) -> tuple[Tensor, tuple[Tensor, ...]]:
     """Torch's operator for one layer and direction on a dense [T, B, I] or packed input."""
-    name = _operators()[problem.cell.hash]
-    states = [state.unsqueeze(0).contiguous() for state in problem.states]
-    weights = _weights(problem)
-    biased = any(parameter.name == "bias_ih" for parameter in problem.cell.parameters)
+    operator = _operator(problem.cell)
+    assert operator is not None
+    states = [problem.states[place].unsqueeze(0).contiguous() for place in operator.states]
+    weights = _weights(problem, operator)
+    biased = any(name == "bias_ih" for name, _ in operator.weights)
     how = (biased, 1, 0.0, torch.is_grad_enabled(), False)
-    hx = states if name == "lstm" else states[0]
-    operator = getattr(torch._VF, name)
+    hx = states if len(states) > 1 else states[0]
+    run = getattr(torch._VF, operator.name)
     if batch_sizes is None:
-        output, *last = operator(data, hx, weights, *how, False)
+        output, *last = run(data, hx, weights, *how, False)
     else:
-        output, *last = operator(data, batch_sizes, hx, weights, *how)
-    return output, tuple(state.squeeze(0) for state in last)
+        output, *last = run(data, batch_sizes, hx, weights, *how)
+    after = {place: state.squeeze(0) for place, state in zip(operator.states, last, strict=True)}
+    return output, tuple(after[place] for place in range(len(after)))
 
 
 def _dense(problem: Problem) -> tuple[Tensor, tuple[Tensor, ...]]:
