@@ -63,3 +63,13 @@ def run_with_gradients(
     assert isinstance(loss, Tensor)
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return result, dict(zip(named, found, strict=True))
+
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Bit for bit, the sign of zeros included."""
+    assert (actual.shape, actual.dtype) == (expected.shape, expected.dtype), what
+    kind = _INTEGERS[actual.element_size()]
+    assert torch.equal(actual.contiguous().view(kind), expected.contiguous().view(kind)), what

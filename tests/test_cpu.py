@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agreement import SHARE
+from agreement import SHARE, same_bits
 from blackboards import MinimalGated, Peephole, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -105,13 +105,6 @@ def agree(problem: Problem, **given: Any) -> None:
         scale = value.abs().max().item() if value.numel() else 0.0
         apart = (actual[name].double() - value).abs().max().item() if value.numel() else 0.0
         assert apart <= SHARE[problem.x.dtype] * max(scale, 0.1), f"{name}: {apart:.1e} from {scale:.1e}"
-
-
-def same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Bit for bit, the sign of zeros included."""
-    kind = torch.int32 if actual.dtype == torch.float32 else torch.int64
-    assert actual.shape == expected.shape, what
-    assert torch.equal(actual.contiguous().view(kind), expected.contiguous().view(kind)), what
 
 
 # -- right ------------------------------------------------------------------------------------------------------------

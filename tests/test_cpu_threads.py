@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_agree
+from agreement import assert_agree, same_bits
 from blackboards import MinimalGated, Peephole, random_problem
-from test_cpu import adjoints, outcome, poison, same_bits, share_from
+from test_cpu import adjoints, outcome, poison, share_from
 from torch import Tensor
 
 from throughtime.engine.problem import Problem

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from agreement import same_bits
 from blackboards import MinimalGated, Peephole, random_problem
-from test_cpu import adjoints, poison, same_bits
+from test_cpu import adjoints, poison
 from torch import Tensor
 
 import throughtime

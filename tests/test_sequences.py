@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from agreement import same_bits
 from blackboards import MinimalGated, Peephole, random_problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.strategies import DataObject
-from test_cpu import adjoints, outcome, poison, same_bits, share_from
+from test_cpu import adjoints, outcome, poison, share_from
 from torch import Tensor
 
 from throughtime.engine.problem import Problem

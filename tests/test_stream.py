@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from agreement import assert_agree
+from agreement import assert_agree, same_bits
 from blackboards import Decaying, MinimalGated, Peephole, ScaledProjection, Unitwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu import same_bits
 from torch import Tensor
 
 import throughtime as tt

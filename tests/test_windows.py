@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from agreement import assert_agree
+from agreement import assert_agree, same_bits
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_cpu import same_bits
 from torch import Tensor
 
 import throughtime as tt

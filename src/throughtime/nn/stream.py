@@ -192,7 +192,7 @@ class Stream:
         self._steps.write(self._read_state(value))
 
     def _carried(self) -> tuple[Tensor, ...]:
-        """Copies of the states in the precision in which they are carried, [layers, B, width] (no B without a batch)."""
+        """Copies of the states as they are carried, [layers, B, width] each (no B without a batch)."""
         states = self._steps.read()
         return states if self._is_batched else tuple(state.squeeze(1) for state in states)
 
