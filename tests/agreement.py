@@ -52,7 +52,7 @@ def run_with_gradients(
     layer: torch.nn.Module, *inputs: Any, call: Callable[..., Any] | None = None
 ) -> tuple[Any, dict[str, Tensor | None]]:
     """What the layer returns, and the gradients, by name, of a fixed weighting of all of it."""
-    result = (call or layer)(*inputs)
+    result = (layer if call is None else call)(*inputs)
     outputs = tensors_in(result)
     generator = torch.Generator().manual_seed(7)
     loss = sum((o * torch.randn(o.shape, generator=generator, dtype=o.dtype)).sum() for o in outputs)

@@ -443,7 +443,7 @@ def test_under_autocast_the_kernels_run_in_the_parameters_own_format(
             cast = module(given)
             assert ": cpu: " in tt.explain(module, given)[0]  # type: ignore[arg-type]
             loss = (cast if kind == "cell" else cast[0]).square().sum()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         found.append(loss)
         first, second = (states_in(result)[0].detach() for result in (cast, plain))
         assert first.dtype == parameters

@@ -191,8 +191,10 @@ def _turned(problem: Problem, tensor: Tensor) -> Tensor:
 def _with_empty_rows(problem: Problem, running: int) -> Result:
     """Rows without a step, the last ones, hand their state through; torch packs none such."""
     if running == 0:
-        output = problem.x.new_zeros(problem.steps, problem.rows, problem.sizes[problem.cell.output])
-        return Result(output, tuple(state.clone() for state in problem.states))
+        # a zero that is part of autograd's graph, as results are on every target; no number is read for it
+        zero = torch.cat([tensor.flatten()[:0] for tensor in (problem.x, *problem.parameters)]).sum()
+        output = zero.expand(problem.steps, problem.rows, problem.sizes[problem.cell.output]).clone()
+        return Result(output, tuple(state - zero for state in problem.states))  # minus, for -0.0 stays -0.0 then
     assert problem.lengths is not None
     first = problem.with_tensors(
         [problem.x[:, :running], *(state[:running] for state in problem.states), *problem.parameters]
