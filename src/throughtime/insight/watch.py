@@ -63,8 +63,8 @@ class Watch:
     `needs` is the lag that the task needs; None takes each batch's from the first step to the last (of half of its
     rows). With `per_step`, the loss is read at every step: then its gradient cannot fade from the end, so only
     explosions are told (see `reach` for the rest). Nothing that is computed changes: no number is drawn, and weights
-    come out the same to the bit. Of a layer that runs several times in an update the first run is looked into; what
-    runs compiled is not seen.
+    come out the same to the bit (cpu target). Of a layer that runs several times in an update the first run is looked
+    into; what runs compiled is not seen.
 
     Raises ThroughtimeError for an `every` under 1.
     """

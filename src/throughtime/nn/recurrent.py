@@ -61,12 +61,12 @@ class Layer(torch.nn.Module):
 
     @property
     def segments(self) -> int | Literal["auto"] | None:
-        """How much of a training run is kept for its backward run; it changes memory and time, and no bit.
+        """How much of a training run is kept for its backward run; it changes memory and time, and no bit (cpu target).
 
         None keeps every step. With a number only the states at every so many steps are kept, and what lies between is
         computed again for the backward run: exact back-propagation through time, unlike truncation. "auto" takes about
         the square root of the number of steps, and keeps everything where that is less than 4 MB. A number is rounded
-        up to whole blocks of the engine's, with a warning.
+        up to whole blocks of the engine's, with a warning. Other targets keep every step, and `explain` says so.
         Set it at any time; ShapeError for anything else.
         """
         return self._segments

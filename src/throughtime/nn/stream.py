@@ -26,14 +26,14 @@ class Stream:
     """A unidirectional layer, one step at a time; `layer.stream(batch_size)` makes one.
 
     `step(x_t)` takes [B, I] (or [I], for a stream made without `batch_size`) and returns the output [B, width] (or
-    [width]) at a cost that does not depend on how many steps went before. On the CPU target, outputs and states are the
-    same bits as those of the layer run over the whole sequence.
+    [width]) at a cost that does not depend on how many steps went before. Outputs and states are the same bits as
+    those of the layer run over the whole sequence (cpu target), or the same numbers to rounding (other targets).
 
     The weights are a snapshot: they are copied and packed when the stream is made, and what is written to the layer's
     parameters afterwards is not seen until `refresh()`. A stream is for inference: it computes no gradients, applies no
     dropout, and serves one caller at a time. Its state is plain tensors (`state`, `state_dict`).
 
-    On the CPU target a stream of a bfloat16 or float16 layer carries its states in float32. `state_dict` holds them so,
+    A stream of a bfloat16 or float16 layer carries its states in float32 (cpu target). `state_dict` holds them so,
     and what loads it goes on with the same bits; `state` is rounded to the layer's dtype, as h_n is.
     """
 
