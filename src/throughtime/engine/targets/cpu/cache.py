@@ -9,60 +9,100 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 import os
 import stat
 import tempfile
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from throughtime.engine import plan
 from throughtime.engine.targets.cpu import llvm
 from throughtime.equations import calculus, expr
 
-_addresses: dict[tuple[object, ...], int] = {}
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled function of a frame: its address, the fields that it must find set, and those that it sets itself."""
+
+    address: int
+    needs: frozenset[str]
+    sets: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is kept on disk: an object, and what `Program` says of its frame."""
+
+    image: bytes
+    needs: tuple[str, ...]
+    sets: tuple[str, ...]
+
+
+_programs: dict[tuple[object, ...], Program] = {}
 _lock = threading.Lock()
 
 
 def function(key: tuple[object, ...], name: str, write: Callable[[], str]) -> int:
     """The address of the function `name` of the LLVM IR that `write` gives; `key` says all that the IR depends on."""
-    address = _addresses.get(key)
-    if address is not None:
-        return address
+    return program(key, name, lambda: llvm.Source(write())).address
+
+
+def program(key: tuple[object, ...], name: str, write: Callable[[], llvm.Source]) -> Program:
+    """The same for a function of a frame, with the fields that it reads and sets."""
+    found = _programs.get(key)
+    if found is not None:
+        return found
     with _lock:
-        if key not in _addresses:
-            _addresses[key] = llvm.load(_image(key, write), name)
-        return _addresses[key]
+        if key not in _programs:
+            entry = _entry(key, write)
+            address = llvm.load(entry.image, name)
+            _programs[key] = Program(address, frozenset(entry.needs), frozenset(entry.sets))
+        return _programs[key]
 
 
-def _image(key: tuple[object, ...], write: Callable[[], str]) -> bytes:
+def _entry(key: tuple[object, ...], write: Callable[[], llvm.Source]) -> Entry:
     folder = directory()
     path = folder / hashlib.sha256(repr(key).encode()).hexdigest() if folder else None
-    if path is not None and (image := _read(path)) is not None:
-        return image
-    image = llvm.compiled(write())
+    if path is not None and (entry := _read(path)) is not None:
+        return entry
+    source = write()
+    entry = Entry(llvm.compiled(source.text), source.needs, source.sets)
     if path is not None:
-        _write(path, image)
-    return image
+        _write(path, entry)
+    return entry
 
 
-def _read(path: Path) -> bytes | None:
+def _read(path: Path) -> Entry | None:
     try:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, image = content[:32], content[32:]
-    return image if hashlib.sha256(image).digest() == digest else None
+    digest, rest = content[:32], content[32:]
+    if hashlib.sha256(rest).digest() != digest:
+        return None
+    length = int.from_bytes(rest[:8], "little")
+    fields = json.loads(rest[8 : 8 + length])
+    return Entry(rest[8 + length :], tuple(fields["needs"]), tuple(fields["sets"]))
 
 
-def _write(path: Path, image: bytes) -> None:
+def _write(path: Path, entry: Entry) -> None:
+    fields = json.dumps({"needs": entry.needs, "sets": entry.sets}).encode()
+    rest = len(fields).to_bytes(8, "little") + fields + entry.image
+    temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:
-            file.write(hashlib.sha256(image).digest() + image)
+            file.write(hashlib.sha256(rest).digest() + rest)
         os.replace(temporary, path)
     except OSError as error:
+        if temporary is not None:
+            with suppress(OSError):
+                os.unlink(temporary)
         warnings.warn(
             f"compiled code could not be kept in {path.parent} ({error}); it will be compiled again", stacklevel=2
         )

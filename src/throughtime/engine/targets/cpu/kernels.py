@@ -34,10 +34,13 @@ class Frame:
 
     def get(self, code: Code, frame: Int, name: str) -> Int:
         """The field's value, in the code under construction."""
+        if name not in code.sets:
+            code.needs.add(name)
         return code.load_integer(frame, 8 * self.place[name])
 
     def set(self, code: Code, frame: Int, name: str, value: Int) -> None:
         """Write the field."""
+        code.sets.add(name)
         code.store_integer(value, frame, 8 * self.place[name])
 
 

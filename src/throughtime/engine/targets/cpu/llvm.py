@@ -403,6 +403,15 @@ class Condition:
 # Code
 
 
+@dataclass(frozen=True)
+class Source:
+    """LLVM IR of one function, the fields of its frame that it must find set, and those that it sets itself."""
+
+    text: str
+    needs: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
 class Code:
     """One C function under construction; every argument is a 64-bit integer or address, and it returns nothing."""
 
@@ -421,6 +430,8 @@ class Code:
         self.function.attributes.alignstack = 64  # sums that do not fit in registers should not straddle cache lines
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.arguments = {name: Int(self, arg) for name, arg in zip(arguments, self.function.args, strict=True)}
+        self.needs: set[str] = set()  # fields of a frame that are read here before they are set here
+        self.sets: set[str] = set()
 
     def __getitem__(self, name: str) -> Int:
         return self.arguments[name]
@@ -666,6 +677,10 @@ class Code:
         if not self.builder.block.is_terminated:
             self.builder.ret_void()
         return str(self.module)
+
+    def source(self, text: str) -> Source:
+        """The finished text, with the fields of a frame that it reads and sets."""
+        return Source(text, tuple(sorted(self.needs)), tuple(sorted(self.sets)))
 
 
 def optimised(text: str) -> binding.ModuleRef:
