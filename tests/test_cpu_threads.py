@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
-import sys
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -17,6 +15,7 @@ import pytest
 import torch
 from agreement import assert_agree
 from blackboards import MinimalGated, Peephole, random_problem
+from processes import SECONDS, python
 from test_cpu import adjoints, outcome, poison, same_bits, share_from
 from torch import Tensor
 
@@ -26,8 +25,6 @@ from throughtime.engine.targets.cpu import cache, gang, sharing
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
-TESTS = Path(__file__).parent
-SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +33,6 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, with the tests' modules at hand; warnings are shown, not raised."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
 
 
 # -- the same bits for any number of threads --------------------------------------------------------------------------

@@ -31,9 +31,7 @@ def unset_frame(length: int) -> ctypes.Array[ctypes.c_int64]:
     return (ctypes.c_int64 * length)(*[UNSET] * length)
 
 
-def check_frame(
-    frame: ctypes.Array[ctypes.c_int64], place: dict[str, int], needed: Iterable[str], whose: str
-) -> None:
+def check_frame(frame: ctypes.Array[ctypes.c_int64], place: dict[str, int], needed: Iterable[str], whose: str) -> None:
     """Raise InternalError if a field that is needed has not been set."""
     values = frame[:]
     missing = sorted(name for name in needed if values[place[name]] == UNSET)
