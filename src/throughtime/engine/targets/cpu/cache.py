@@ -22,7 +22,7 @@ from pathlib import Path
 
 from throughtime.engine import plan
 from throughtime.engine.targets.cpu import llvm
-from throughtime.equations import calculus, expr
+from throughtime.equations import calculus, cell, expr
 
 
 @dataclass(frozen=True)
@@ -99,49 +99,89 @@ def _write(path: Path, entry: Entry) -> None:
         with os.fdopen(handle, "wb") as file:
             file.write(hashlib.sha256(rest).digest() + rest)
         os.replace(temporary, path)
+        temporary = None
     except OSError as error:
+        warnings.warn(
+            f"compiled code could not be kept in {path.parent} ({_reason(error)}); it will be compiled again",
+            stacklevel=2,
+        )
+    finally:
         if temporary is not None:
             with suppress(OSError):
                 os.unlink(temporary)
-        warnings.warn(
-            f"compiled code could not be kept in {path.parent} ({error}); it will be compiled again", stacklevel=2
-        )
 
 
 @functools.cache
 def directory() -> Path | None:
-    """The private folder of this machine's compiled code, or None (with a warning) where there can be none."""
-    asked = os.environ.get("THROUGHTIME_CACHE")
-    root = Path(asked) if asked else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "throughtime"
-    folder = root / _generation()
+    """The private folder of this machine's compiled code, or None (with a warning) where there can be none.
+
+    It is looked up once: a relative THROUGHTIME_CACHE is one below the folder that the process is in then.
+    """
+    place: Path | str = os.environ.get("THROUGHTIME_CACHE") or "the user's cache folder"
     try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = _root().resolve()
+        folder = place / generation()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        for place in (root, folder):
-            state = place.stat()
-            if hasattr(os, "getuid") and (state.st_uid != os.getuid() or stat.S_IMODE(state.st_mode) & 0o022):
-                warnings.warn(
-                    f"{place} can be written by others, so compiled code is not kept there; "
-                    "make it private (chmod 700) or set THROUGHTIME_CACHE to a folder of your own",
-                    stacklevel=2,
-                )
-                return None
-    except OSError as error:
+        reason = next((reason for part in (folder, *folder.parents) if (reason := _open_to_others(part, place))), None)
+    except (OSError, RuntimeError) as error:  # pathlib raises the second for a home that it cannot find
         warnings.warn(
-            f"compiled code cannot be kept in {folder} ({error}), so it is compiled in every process; "
+            f"compiled code cannot be kept in {place} ({_reason(error)}), so it is compiled in every process; "
             "set THROUGHTIME_CACHE to a folder of your own",
+            stacklevel=2,
+        )
+        return None
+    if reason:
+        warnings.warn(
+            f"{reason}, so compiled code is not kept there; "
+            "make it private (chmod 700) or set THROUGHTIME_CACHE to a folder of your own",
             stacklevel=2,
         )
         return None
     return folder
 
 
-def _generation() -> str:
+def _root() -> Path:
+    """The folder that is asked for, or `throughtime` in the user's cache folder; a relative one of XDG's is invalid."""
+    asked, caches = os.environ.get("THROUGHTIME_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    if asked:
+        return Path(asked).expanduser()
+    return (Path(caches) if os.path.isabs(caches) else Path.home() / ".cache") / "throughtime"
+
+
+def _open_to_others(part: Path, root: Path) -> str | None:
+    """Why somebody else could put code into a folder: the root and what is in it must be the user's own.
+
+    What the root lies in may be anybody's, as long as not everyone can put another folder in its place.
+    """
+    if not hasattr(os, "getuid"):
+        return None
+    state = part.stat()
+    if not part.is_relative_to(root):
+        shared = state.st_mode & stat.S_IWOTH and not state.st_mode & stat.S_ISVTX
+        return f"{part}, in which {root} lies, can be written by others" if shared else None
+    if state.st_uid != os.getuid():
+        return f"{part} belongs to another user"
+    return f"{part} can be written by others" if state.st_mode & 0o022 else None
+
+
+def _reason(error: Exception) -> str:
+    """An error without the names of files, which may be other ones each time: a warning is shown once for each text."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def sources() -> list[Path]:
+    """The files that decide what a kernel does or how a frame is numbered."""
+    modules = (plan, calculus, cell, expr)
+    return [*sorted(Path(__file__).parent.glob("*.py")), *(Path(str(module.__file__)) for module in modules)]
+
+
+def generation() -> str:
     """The generators' source, the compiler and the machine, as one name."""
     digest = hashlib.sha256(llvm.fingerprint().encode())
-    here = Path(__file__).parent
-    for path in (*sorted(here.glob("*.py")), *(Path(str(module.__file__)) for module in (plan, calculus, expr))):
-        digest.update(path.read_bytes())
+    for path in sources():
+        content = path.read_bytes()
+        digest.update(f"{path.name} {len(content)} ".encode() + content)
     return digest.hexdigest()[:32]
 
 

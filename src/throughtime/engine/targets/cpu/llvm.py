@@ -725,5 +725,5 @@ def load(image: bytes, name: str) -> int:
 
 def fingerprint() -> str:
     """What an object depends on besides its own source: the compiler and the machine."""
-    parts = [llvmlite.__version__, str(binding.llvm_version_info), machine().cpu, machine().features]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    parts = [llvmlite.__version__, binding.llvm_version_info, binding.get_process_triple(), machine()]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
