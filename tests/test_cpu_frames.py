@@ -121,7 +121,8 @@ def test_each_field_forgotten_in_turn_is_named_by_an_exception(case: str, monkey
 @pytest.mark.parametrize("name", ALL)
 def test_whatever_gradients_are_wanted_every_field_is_set(name: str):
     """One gradient alone and all but one, with and without an adjoint of the last states."""
-    for way in ({}, {"lengths": (3, 2, 0), "reset": True}):
+    ways: tuple[dict[str, Any], ...] = ({}, {"lengths": (3, 2, 0), "reset": True})
+    for way in ways:
         drawn = random_problem(ALL[name], 3, 3, 3, 5, dtype=torch.float32, **way)
         for place in range(len(drawn.tensors)):
             for alone in (True, False):

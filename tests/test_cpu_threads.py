@@ -1,4 +1,4 @@
-"""Threads, forks, workers and lesser machines of the fused CPU target."""
+"""Threads, forks and workers of the fused CPU target."""
 
 from __future__ import annotations
 
@@ -193,39 +193,6 @@ def test_a_layer_runs_in_the_workers_of_a_loader():
     )
     for index, item in enumerate(loader):
         assert torch.equal(item, output.detach() * (index + 1))
-
-
-# -- lesser machines --------------------------------------------------------------------------------------------------
-
-LESSER = """
-from throughtime.engine.targets.cpu import target as cpu
-from throughtime.engine.targets.cpu import kernels, llvm, drivers
-from throughtime.engine import plan as plans
-from blackboards import ALL, random_problem
-from test_cpu import agree
-import torch
-torch.set_num_threads(1)
-for name in {cells}:
-    agree(random_problem(ALL[name], 3, 3, 3, 9, dtype=torch.float32, lengths=(3, 2, 0), reset=True))
-agree(random_problem(ALL["gru"], 3, 3, 3, 5))
-cell = ALL["gru"]
-plan = plans.forward(cell)
-kernel = kernels.StageKernel(
-    "kernel", plan, plan.stages[0], kernels.Shape(2, 1, False), drivers.frame_of(cell, plan), 4, True
-)
-print(llvm.assembly(kernel.text()))
-"""
-
-
-@pytest.mark.parametrize(("name", "register", "wider"), [("x86-64-v3", "ymm", "zmm"), ("x86-64-v2", "xmm", "ymm")])
-def test_a_lesser_machine_gets_narrower_code_that_is_right(name: str, register: str, wider: str):
-    if os.uname().machine not in ("x86_64", "AMD64"):
-        pytest.skip("another kind of processor")
-    cells = ["gru", "lstm", "elman", "gru-reset-before"] if name.endswith("3") else ["elman", "lstm"]
-    result = python(LESSER.format(cells=cells), THROUGHTIME_CPU=name)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"%{register}" in result.stdout
-    assert f"%{wider}" not in result.stdout
 
 
 def test_the_reference_agrees_with_what_threads_compute():

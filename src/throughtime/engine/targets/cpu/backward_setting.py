@@ -13,10 +13,11 @@ from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets.cpu import kernels, llvm
+from throughtime.engine.targets.cpu import kernels
 from throughtime.engine.targets.cpu.backward import CHUNK, FEW_COLUMNS, FEW_INPUTS, OUTER_COLUMNS
 from throughtime.engine.targets.cpu.compiled import columns, compiled, dot, gather_table, outer, outer_table
 from throughtime.engine.targets.cpu.kept import Again, Kept, Values
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.engine.targets.cpu.setting import Crew, Setting
 from throughtime.engine.targets.cpu.sharing import Sharing
 from throughtime.equations import calculus
@@ -39,7 +40,7 @@ MOST_RING_ROWS = 1024
 def block_steps(problem: Problem, shared: Sharing) -> int:
     """The steps of a block: their deltas fit the ring, and are rows enough to be worth a sum, but not too many."""
     item = problem.x.element_size()
-    lanes = llvm.machine().lanes(item)
+    lanes = machine().lanes(item)
     units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
     rows = max(share.count for share in shared.shares)
     rings = [

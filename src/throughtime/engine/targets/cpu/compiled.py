@@ -14,6 +14,7 @@ from throughtime.engine.plan import Plan, Stage
 from throughtime.engine.targets.cpu import cache, drivers, gang, kernels, llvm
 from throughtime.engine.targets.cpu.backward import OUTER_COLUMNS, OUTER_ROWS, BackwardDriver
 from throughtime.engine.targets.cpu.drivers import LIMIT, tiling
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.equations.cell import Cell
 
 
@@ -59,7 +60,7 @@ class Compiled:
         """A driver in words, for an error."""
         return f"the driver '{driver}' of {self.cell.name}, {'backward' if self.backward else 'forward'}"
 
-    def needs(self, driver: str, stages: Iterable[str]) -> set[str]:
+    def needs(self, driver: str, stages: Iterable[str]) -> frozenset[str]:
         """The fields that must be set before a driver is called: its own, and those of these stages' kernels."""
         (own,) = self.programs[driver]
         kernels_need = {name for stage in stages for kernel in self.programs[stage] for name in kernel.needs}
@@ -78,7 +79,7 @@ class Compiled:
                 self.ready.add(key)
 
     def _prepare(self, stage: Stage, heights: frozenset[int], tiles: Sequence[tuple[int, int]], units: int) -> None:
-        lanes = llvm.machine().lanes(self.itemsize)
+        lanes = machine().lanes(self.itemsize)
         at_once = kernels.tile_limit(kernels.vectors_per_tile(stage), max(heights))
         for begin, end in tiles:
             for height in heights:
@@ -152,7 +153,7 @@ def listing(cell: Cell, itemsize: int = 4, assembly: bool = False) -> str:
             stores = ", ".join(f"{place.data[0]}[{place.data[1]}]" for _, place in stage.stores)
             parts.append(
                 f"; {cell.name}, {direction}, {stage.name}: {shape.rows} rows x {shape.tiles} x "
-                f"{llvm.machine().lanes(itemsize)} units ({stage.width}) for {llvm.machine().cpu}; writes {stores}\n"
+                f"{machine().lanes(itemsize)} units ({stage.width}) for {machine().cpu}; writes {stores}\n"
                 + (llvm.assembly(text) if assembly else str(llvm.optimised(text)))
             )
     return "\n".join(parts)
@@ -180,7 +181,7 @@ def gather_table(itemsize: int) -> ctypes.Array[ctypes.c_int64]:
 def outer(itemsize: int, units: int, operand: int) -> int:
     """The table of weight-gradient kernels, with those in it that these sizes need."""
     table = outer_table(itemsize)
-    lanes = llvm.machine().lanes(itemsize)
+    lanes = machine().lanes(itemsize)
     heights: set[int] = set()
     for of_tile in {min(units, lanes), units % lanes or lanes}:
         heights |= {min(OUTER_ROWS, of_tile - first) for first in range(0, of_tile, OUTER_ROWS)}

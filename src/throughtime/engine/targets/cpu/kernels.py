@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from throughtime.engine.plan import BackwardPlan, Group, Plan, Stage
-from throughtime.engine.targets.cpu.llvm import Code, Int, Variable, Vector, machine
+from throughtime.engine.targets.cpu.llvm import Code, Int, Variable, Vector
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.equations import expr
 from throughtime.equations.expr import OPS, Node
 

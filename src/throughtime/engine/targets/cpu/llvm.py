@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -21,43 +20,14 @@ import llvmlite
 import llvmlite.binding as binding
 from llvmlite import ir
 
+from throughtime.engine.targets.cpu.machine import machine
+
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 POINTER = ir.PointerType()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What code is generated for: a CPU by name with its features, the bytes of a vector, how many registers it has."""
-
-    cpu: str
-    features: str
-    vector_bytes: int
-    registers: int
-
-    def lanes(self, itemsize: int) -> int:
-        """How many numbers of this size a vector holds."""
-        return self.vector_bytes // itemsize
-
-
-@functools.cache
-def machine() -> Machine:
-    """This machine, or the lesser one that THROUGHTIME_CPU names (an LLVM CPU name such as x86-64-v3)."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    asked = os.environ.get("THROUGHTIME_CPU")
-    cpu = asked or binding.get_host_cpu_name()
-    features = "" if asked else binding.get_host_cpu_features().flatten()
-    if platform.machine() in ("arm64", "aarch64"):
-        return Machine(cpu, features, 16, 32)
-    avx512 = "+avx512f" in features.split(",") if not asked else asked in ("x86-64-v4", "skylake-avx512", "znver4")
-    avx2 = "+avx2" in features.split(",") if not asked else avx512 or asked in ("x86-64-v3", "haswell", "znver3")
-    if avx512:
-        return Machine(cpu, features, 64, 32)
-    return Machine(cpu, features, 32 if avx2 else 16, 16)
 
 
 @functools.cache

@@ -14,8 +14,9 @@ from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets.cpu import gang, kernels, llvm
+from throughtime.engine.targets.cpu import gang, kernels
 from throughtime.engine.targets.cpu.compiled import Compiled, transpose
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.engine.targets.cpu.sharing import Share, Sharing
 from throughtime.errors import InternalError
 
@@ -54,7 +55,7 @@ class Setting:
         self.steps, self.rows, inputs = problem.x.shape
         self.dtype = problem.x.dtype
         self.item = problem.x.element_size()
-        self.lanes = llvm.machine().lanes(self.item)
+        self.lanes = machine().lanes(self.item)
         self.vector_bytes = self.lanes * self.item
         self.units = {"hidden": problem.hidden_size, "projected": problem.proj_size, "input": inputs}
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
