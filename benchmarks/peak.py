@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from throughtime.engine.targets.cpu import llvm
+from throughtime.engine.targets.cpu.machine import machine
 
 CHAINS = 24
 """More than any core's latency times its units for fma; fewer where there are fewer registers."""
@@ -23,7 +24,7 @@ Turn = ctypes.CFUNCTYPE(None, ctypes.c_int64, ctypes.c_int64)
 
 def chains() -> int:
     """How many chains stay in registers, beside the two constants."""
-    return min(CHAINS, llvm.machine().registers - 4)
+    return min(CHAINS, machine().registers - 4)
 
 
 def kernel() -> Callable[[int, int], None]:
@@ -43,7 +44,7 @@ def kernel() -> Callable[[int, int], None]:
 def measure(threads: list[int], seconds: float) -> dict[int, float]:
     """Operations per second with each number of threads: the best of a few trials of about so many seconds."""
     run = kernel()
-    per_turn = 2 * chains() * llvm.machine().lanes(4)
+    per_turn = 2 * chains() * machine().lanes(4)
     rate = 1_000_000 / _elapsed(run, 1, 1_000_000)
     turns = int(rate * seconds) + 1
     best = {count: min(_elapsed(run, count, turns) for _ in range(TRIALS)) for count in threads}

@@ -12,6 +12,7 @@ from test_cpu import outcome
 
 from throughtime.engine import plan
 from throughtime.engine.targets.cpu import drivers, kernels, llvm
+from throughtime.engine.targets.cpu.machine import Machine
 from throughtime.equations.catalogue import GRU
 from throughtime.equations.cell import Cell
 
@@ -31,8 +32,8 @@ def test_neon_code_multiplies_and_adds_in_vectors_of_sixteen_bytes(monkeypatch: 
     except RuntimeError as error:
         pytest.skip(f"this llvmlite generates no code for it: {error}")
     arm = target.create_target_machine(cpu="neoverse-n1", opt=3, codemodel="jitdefault", reloc="pic")
-    monkeypatch.setattr(llvm, "machine", lambda: llvm.Machine("neoverse-n1", "", 16, 32))
-    monkeypatch.setattr(kernels, "machine", llvm.machine)
+    for module in (llvm, kernels):
+        monkeypatch.setattr(module, "machine", lambda: Machine("neoverse-n1", "", 16, 32))
     monkeypatch.setattr(llvm, "_target_machine", lambda: arm)
     forward = plan.forward(GRU)
     frame = drivers.frame_of(GRU, forward)

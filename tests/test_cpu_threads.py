@@ -1,33 +1,27 @@
-"""Threads, forks, workers, lesser machines, and the cache of the fused CPU target."""
+"""Threads, forks and workers of the fused CPU target."""
 
 from __future__ import annotations
 
 import os
-import stat
-import subprocess
-import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from agreement import assert_agree, same_bits
 from blackboards import MinimalGated, Peephole, random_problem
+from processes import SECONDS, python
 from test_cpu import adjoints, outcome, poison, share_from
 from torch import Tensor
 
 from throughtime.engine.problem import Problem
 from throughtime.engine.recurrence import run
-from throughtime.engine.targets.cpu import cache, gang, sharing
+from throughtime.engine.targets.cpu import gang, sharing
 from throughtime.equations.catalogue import CELLS, GRU, LSTM
 
 USED = {**CELLS, "minimal": MinimalGated, "peephole": Peephole}
-TESTS = Path(__file__).parent
-SECONDS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -36,16 +30,6 @@ def _threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
-
-
-def python(script: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A script in a process of its own, with the tests' modules at hand; warnings are shown, not raised."""
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    return subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True, text=True, timeout=SECONDS,
-    )  # fmt: skip
 
 
 # -- the same bits for any number of threads --------------------------------------------------------------------------
@@ -209,122 +193,6 @@ def test_a_layer_runs_in_the_workers_of_a_loader():
     )
     for index, item in enumerate(loader):
         assert torch.equal(item, output.detach() * (index + 1))
-
-
-# -- lesser machines --------------------------------------------------------------------------------------------------
-
-LESSER = """
-from throughtime.engine.targets.cpu import target as cpu
-from throughtime.engine.targets.cpu import kernels, llvm, drivers
-from throughtime.engine import plan as plans
-from blackboards import ALL, random_problem
-from test_cpu import agree
-import torch
-torch.set_num_threads(1)
-for name in {cells}:
-    agree(random_problem(ALL[name], 3, 3, 3, 9, dtype=torch.float32, lengths=(3, 2, 0), reset=True))
-agree(random_problem(ALL["gru"], 3, 3, 3, 5))
-cell = ALL["gru"]
-plan = plans.forward(cell)
-kernel = kernels.StageKernel(
-    "kernel", plan, plan.stages[0], kernels.Shape(2, 1, False), drivers.frame_of(cell, plan), 4, True
-)
-print(llvm.assembly(kernel.text()))
-"""
-
-
-@pytest.mark.parametrize(("name", "register", "wider"), [("x86-64-v3", "ymm", "zmm"), ("x86-64-v2", "xmm", "ymm")])
-def test_a_lesser_machine_gets_narrower_code_that_is_right(name: str, register: str, wider: str):
-    if os.uname().machine not in ("x86_64", "AMD64"):
-        pytest.skip("another kind of processor")
-    cells = ["gru", "lstm", "elman", "gru-reset-before"] if name.endswith("3") else ["elman", "lstm"]
-    result = python(LESSER.format(cells=cells), THROUGHTIME_CPU=name)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert f"%{register}" in result.stdout
-    assert f"%{wider}" not in result.stdout
-
-
-# -- the cache --------------------------------------------------------------------------------------------------------
-
-SMALL = """
-import torch
-from blackboards import random_problem
-from throughtime.engine.targets.cpu import target as cpu
-from throughtime.engine.targets.cpu import llvm
-from throughtime.engine.recurrence import run
-from throughtime.equations.catalogue import Elman
-compiled = []
-original = llvm.compiled
-llvm.compiled = lambda text: compiled.append(1) or original(text)
-output, _ = run(random_problem(Elman, 2, 1, 2, 3), "cpu")
-print(len(compiled), output.sum().item())
-"""
-
-
-def small(**environment: str) -> tuple[int, str, str]:
-    """How many kernels were compiled, the result, what was warned about."""
-    result = python(SMALL, **environment)
-    assert result.returncode == 0, result.stderr
-    count, value = result.stdout.split()
-    return int(count), value, result.stderr
-
-
-def entries(folder: Path) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.is_file()]
-
-
-def test_a_warm_cache_compiles_nothing_and_a_damaged_entry_is_made_again(tmp_path: Path):
-    kept = {"THROUGHTIME_CACHE": str(tmp_path / "cache")}
-    cold, value, said = small(**kept)
-    assert cold > 0
-    assert said == ""
-    assert small(**kept) == (0, value, "")
-    short, garbled, *_ = found = entries(tmp_path)
-    assert len(found) == cold
-    before = garbled.read_bytes()
-    short.write_bytes(short.read_bytes()[:50])
-    garbled.write_bytes(before[:-4] + b"\0\1\2\3")
-    assert small(**kept) == (2, value, "")
-    assert garbled.read_bytes()[:32] == before[:32] or small(**kept)[0] == 0
-    if hasattr(os, "getuid"):
-        assert all(stat.S_IMODE(path.stat().st_mode) & 0o077 == 0 for path in (tmp_path / "cache").rglob("*"))
-
-
-def test_two_processes_may_fill_one_cache(tmp_path: Path):
-    kept = {"THROUGHTIME_CACHE": str(tmp_path / "cache")}
-    with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda _: small(**kept), range(2))
-    assert first[1:] == second[1:]
-    assert small(**kept) == (0, first[1], "")
-
-
-@pytest.mark.skipif(not hasattr(os, "getuid"), reason="needs POSIX permissions")
-def test_a_folder_that_others_can_write_is_not_trusted(tmp_path: Path):
-    open_to_all = tmp_path / "cache"
-    open_to_all.mkdir()
-    open_to_all.chmod(0o770)
-    count, _, said = small(THROUGHTIME_CACHE=str(open_to_all))
-    assert count > 0
-    assert "can be written by others" in said
-    assert entries(open_to_all) == []
-
-
-def test_where_there_can_be_no_folder_it_is_said_and_works(tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    count, _, said = small(THROUGHTIME_CACHE=str(tmp_path / "file" / "cache"))
-    assert count > 0
-    assert said.count("cannot be kept") == 1
-
-
-def test_a_folder_that_turns_read_only_is_said_and_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError("read-only")
-
-    monkeypatch.setattr(cache.tempfile, "mkstemp", refuse)
-    with warnings.catch_warnings(record=True) as said:
-        warnings.simplefilter("always")
-        cache._write(tmp_path / "entry", b"code")
-    assert ["could not be kept" in str(w.message) for w in said] == [True]
 
 
 def test_the_reference_agrees_with_what_threads_compute():

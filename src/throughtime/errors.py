@@ -21,5 +21,9 @@ class TargetError(ThroughtimeError):
     """A target of the engine is unknown, or cannot run what it was asked to run."""
 
 
+class InternalError(ThroughtimeError):
+    """The library is about to do something that could only go wrong: a mistake of ours, not of the caller's."""
+
+
 class InteropError(ThroughtimeError):
     """Another library's file or model cannot be read or made, or does not compute what ours does."""

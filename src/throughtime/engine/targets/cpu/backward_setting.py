@@ -13,10 +13,11 @@ from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import BackwardPlan, Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets.cpu import kernels, llvm
+from throughtime.engine.targets.cpu import kernels
 from throughtime.engine.targets.cpu.backward import CHUNK, FEW_COLUMNS, FEW_INPUTS, OUTER_COLUMNS
 from throughtime.engine.targets.cpu.compiled import columns, compiled, dot, gather_table, outer, outer_table
 from throughtime.engine.targets.cpu.kept import Again, Kept, Values
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.engine.targets.cpu.setting import Crew, Setting
 from throughtime.engine.targets.cpu.sharing import Sharing
 from throughtime.equations import calculus
@@ -39,7 +40,7 @@ MOST_RING_ROWS = 1024
 def block_steps(problem: Problem, shared: Sharing) -> int:
     """The steps of a block: their deltas fit the ring, and are rows enough to be worth a sum, but not too many."""
     item = problem.x.element_size()
-    lanes = llvm.machine().lanes(item)
+    lanes = machine().lanes(item)
     units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
     rows = max(share.count for share in shared.shares)
     rings = [
@@ -76,6 +77,8 @@ class BackwardSetting(Setting):
         self.put("gather", ctypes.addressof(gather_table(self.item)))
         self.put("d_x.wanted", int(self.needs[0][0] and _has_input_product(cell)))
         self.put("leaving", int(any(self.needs[1]) or self.resets))
+        if not self.resets:
+            self.absent(*(f"d_initial:{state}.base" for state in cell.states))
         self._parts(problem)
         self._buffers()
         self._tables()
@@ -84,6 +87,9 @@ class BackwardSetting(Setting):
         self.used = [stage for stage in self.code.stages if self._is_used(stage)]
         for stage in self.used:
             self.panel(stage)
+        for stage in self.code.stages:
+            names = [kernels.panel_name(stage, group) for group in stage.groups]
+            self.absent(*(f"{n}.{part}" for n in names if f"{n}.base" not in self.values for part in ("base", "tile")))
         self._prepare()
 
     def _parts(self, problem: Problem) -> None:
@@ -154,6 +160,8 @@ class BackwardSetting(Setting):
             self.put(f"sums:{width}.wanted", 1)
             sums = self.cleared(self.tiles[width] * slots * self.vector_bytes)
             self.put_all(crew, f"sums:{width}.base", sums)
+        else:
+            self.absent(f"column_sums:{width}", f"sums:{width}.wanted", f"sums:{width}.base")
 
     def _tables(self) -> None:
         """Tables of row addresses, an entry for each row of the ring."""
@@ -163,6 +171,7 @@ class BackwardSetting(Setting):
                 self.put_all(crew, f"{name}.table", self.arena.bytes(self.ring_rows * 8))
         for state in self.cell.states:
             self.put(f"before:{state}.entry", 8)
+            self.put(f"history:{state}.depth", 0)
         for frame in range(len(self.frames)):
             panel = CHUNK * OUTER_COLUMNS * self.vector_bytes
             self.put_for(frame, "panel.base", self.arena.bytes(panel))
@@ -173,7 +182,9 @@ class BackwardSetting(Setting):
         adjoint = calculus.adjoint(self.cell)
         for number, (operand, products) in enumerate(self.plan.weights.items()):
             wanted = [product for product in products if need[product.data[0]]]
+            few = [f"few{number}.{part}" for part in ("base", "kernel")] if operand.op == "input" else []
             if not wanted:
+                self.absent(f"weights{number}.wanted", f"weights{number}.columns", *few)
                 continue
             self.put(f"weights{number}.wanted", 1)
             self.put(f"weights{number}.columns", self._columns(operand))
@@ -186,19 +197,21 @@ class BackwardSetting(Setting):
                     self.put_all(crew, f"few{number}.base", self.cleared(size))
                 self.put(f"few{number}.kernel", columns(self.item, slots, count))
             else:
+                self.absent(*few)
                 outer(self.item, self.units[width], self._columns(operand))
 
     def _inputs(self) -> None:
         """Dot products for the gradient of an x of few numbers."""
         stage = next((s for s in self.code.stages if s.name == "input_gradient"), None)
-        if stage is None or len(stage.groups) != 1 or self.units["input"] > FEW_INPUTS:
-            return
-        group = stage.groups[0]
-        runs = kernels.slot_runs(self.plan.ring_slots(group))
-        if len(runs) == 1:
-            slots = self.plan.slots[group.operand.data[0].replace("ring_all:", "ring:")]
-            self.put("few_inputs", 1)
-            self.put("dot", dot(self.item, slots, *runs[0], self.units["input"]))
+        if stage is not None and len(stage.groups) == 1 and self.units["input"] <= FEW_INPUTS:
+            group = stage.groups[0]
+            runs = kernels.slot_runs(self.plan.ring_slots(group))
+            if len(runs) == 1:
+                slots = self.plan.slots[group.operand.data[0].replace("ring_all:", "ring:")]
+                self.put("few_inputs", 1)
+                self.put("dot", dot(self.item, slots, *runs[0], self.units["input"]))
+                return
+        self.absent("few_inputs", "dot")
 
     def _columns(self, operand: Node) -> int:
         if operand.op == "input":
@@ -219,7 +232,7 @@ class BackwardSetting(Setting):
             for stage in self.used:
                 if stage.name != "input_gradient":
                     self._have(stage, counts, self.tile_ranges(stage.width))
-                elif not self.values.get("few_inputs"):
+                elif not self.values["few_inputs"]:
                     self._have(stage, self._gradient_counts(), [(0, self.tiles["input"])])
 
     def _gradient_counts(self) -> list[int]:
@@ -283,7 +296,7 @@ class BackwardSetting(Setting):
     def _bind_opening(self, problem: Problem, d_output: Tensor, d_last: Tensor | None) -> None:
         """The adjoint of the output state at each row's last phase, where the final state adds to it."""
         if d_last is None:
-            self.put("d_output_open.origin", 0)
+            self.absent("d_output_open.origin", "d_output_open.size")
         elif problem.reverse or problem.lengths is None:
             self.rows_of("d_output_open", d_output[0 if problem.reverse else -1] + d_last)
         else:
@@ -303,6 +316,8 @@ class BackwardSetting(Setting):
                 d_x.zero_()
             self.d_x = d_x.transpose(0, 1) if batch_first else d_x
             self.steps_of("d_x", self.d_x)
+        else:
+            self.absent("d_x.origin", "d_x.step", "d_x.size")
         if any(place.data[0] == "d_x_direct" for stage in self.plan.stages for _, place in stage.stores):
             self.d_x_direct = torch.zeros_like(x, memory_format=torch.contiguous_format)
             self.steps_of("d_x_direct", self.d_x_direct)
@@ -315,6 +330,8 @@ class BackwardSetting(Setting):
         self.d_initial: list[Tensor | None] = [None] * len(problem.initial)
         if self.values["leaving"]:
             self._make_state_gradients(problem, d_states)
+        else:
+            self.absent(*(name for s in cell.states for name in (f"d_start:{s}.base", f"leaving:{s}.size")))
         self.d_parameters: list[Tensor | None] = []
         entries = [0]
         for parameter, tensor, need in zip(cell.parameters, problem.parameters, self.needs[2], strict=True):

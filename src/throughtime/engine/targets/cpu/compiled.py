@@ -14,6 +14,7 @@ from throughtime.engine.plan import Plan, Stage
 from throughtime.engine.targets.cpu import cache, drivers, gang, kernels, llvm
 from throughtime.engine.targets.cpu.backward import OUTER_COLUMNS, OUTER_ROWS, BackwardDriver
 from throughtime.engine.targets.cpu.drivers import LIMIT, tiling
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.equations.cell import Cell
 
 
@@ -27,6 +28,8 @@ class Compiled:
         self.stages = drivers.stages_of(self.plan, cell)
         self.key = (cell.hash, direction, itemsize)
         self.backward = direction == "backward"
+        self.programs: dict[str, list[cache.Program]] = {}  # by the name of a driver or stage
+        self.known = 0  # how many there are; what a setting needs is looked at again when there are more
         self.pack, self.walk = self._driver("pack"), self._driver("walk")
         self.add_up = self._driver("add_up") if self.backward else None
         self.table = (ctypes.c_int64 * (len(self.stages) * drivers.TABLE_BYTES // 8))()
@@ -41,11 +44,27 @@ class Compiled:
         """One of the drivers, by the name of the method that writes it."""
         kind = BackwardDriver if self.backward else drivers.ForwardDriver
 
-        def write() -> str:
-            text: str = getattr(kind(name, self.cell, self.plan, self.frame, self.itemsize), name)()
-            return text
+        def write() -> llvm.Source:
+            driver = kind(name, self.cell, self.plan, self.frame, self.itemsize)
+            return driver.code.source(getattr(driver, name)())
 
-        return gang.Call(cache.function((*self.key, name), name, write))
+        return gang.Call(self._noted(name, cache.program((*self.key, name), name, write)))
+
+    def _noted(self, name: str, program: cache.Program) -> int:
+        """The program's address; what it needs of a frame is remembered."""
+        self.programs.setdefault(name, []).append(program)
+        self.known += 1
+        return program.address
+
+    def label(self, driver: str) -> str:
+        """A driver in words, for an error."""
+        return f"the driver '{driver}' of {self.cell.name}, {'backward' if self.backward else 'forward'}"
+
+    def needs(self, driver: str, stages: Iterable[str]) -> frozenset[str]:
+        """The fields that must be set before a driver is called: its own, and those of these stages' kernels."""
+        (own,) = self.programs[driver]
+        kernels_need = {name for stage in stages for kernel in self.programs[stage] for name in kernel.needs}
+        return own.needs | (kernels_need - own.sets)
 
     def prepare(
         self, stage: Stage, counts: Iterable[int], ladder: bool, tiles: Sequence[tuple[int, int]], units: int
@@ -60,7 +79,7 @@ class Compiled:
                 self.ready.add(key)
 
     def _prepare(self, stage: Stage, heights: frozenset[int], tiles: Sequence[tuple[int, int]], units: int) -> None:
-        lanes = llvm.machine().lanes(self.itemsize)
+        lanes = machine().lanes(self.itemsize)
         at_once = kernels.tile_limit(kernels.vectors_per_tile(stage), max(heights))
         for begin, end in tiles:
             for height in heights:
@@ -79,9 +98,12 @@ class Compiled:
             return
         key = (*self.key, stage.name, self.save, self.streaming, shape)
         kind = (self.frame, self.itemsize, self.save, self.streaming)
-        self.table[place] = cache.function(
-            key, "kernel", lambda: kernels.StageKernel("kernel", self.plan, stage, shape, *kind).text()
-        )
+
+        def write() -> llvm.Source:
+            kernel = kernels.StageKernel("kernel", self.plan, stage, shape, *kind)
+            return kernel.code.source(kernel.text())
+
+        self.table[place] = self._noted(stage.name, cache.program(key, "kernel", write))
 
 
 @remembered
@@ -131,7 +153,7 @@ def listing(cell: Cell, itemsize: int = 4, assembly: bool = False) -> str:
             stores = ", ".join(f"{place.data[0]}[{place.data[1]}]" for _, place in stage.stores)
             parts.append(
                 f"; {cell.name}, {direction}, {stage.name}: {shape.rows} rows x {shape.tiles} x "
-                f"{llvm.machine().lanes(itemsize)} units ({stage.width}) for {llvm.machine().cpu}; writes {stores}\n"
+                f"{machine().lanes(itemsize)} units ({stage.width}) for {machine().cpu}; writes {stores}\n"
                 + (llvm.assembly(text) if assembly else str(llvm.optimised(text)))
             )
     return "\n".join(parts)
@@ -159,7 +181,7 @@ def gather_table(itemsize: int) -> ctypes.Array[ctypes.c_int64]:
 def outer(itemsize: int, units: int, operand: int) -> int:
     """The table of weight-gradient kernels, with those in it that these sizes need."""
     table = outer_table(itemsize)
-    lanes = llvm.machine().lanes(itemsize)
+    lanes = machine().lanes(itemsize)
     heights: set[int] = set()
     for of_tile in {min(units, lanes), units % lanes or lanes}:
         heights |= {min(OUTER_ROWS, of_tile - first) for first in range(0, of_tile, OUTER_ROWS)}

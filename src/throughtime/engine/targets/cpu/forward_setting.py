@@ -37,6 +37,9 @@ class ForwardSetting(Setting):
             self.put(f"before:{state}.count", self.sizes[i])
             self.put(f"before:{state}.entry", 8)
             self.put(f"history:{state}.depth", 0 if save or i == cell.output else 2)
+        if not save:
+            saved = [buffer for buffer in plan.slots if buffer.startswith("saved")]
+            self.absent(*(f"{buffer}.{part}" for buffer in saved for part in ("origin", "step", "size")))
         self.put("x_rows.count", self.units["input"])
         self.put("x_rows.row", 8)
         self.drives = [stage for stage in self.code.stages if stage.name.startswith("drive")]

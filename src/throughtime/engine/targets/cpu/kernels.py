@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from throughtime.engine.plan import BackwardPlan, Group, Plan, Stage
-from throughtime.engine.targets.cpu.llvm import Code, Int, Variable, Vector, machine
+from throughtime.engine.targets.cpu.llvm import Code, Int, Variable, Vector
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.equations import expr
 from throughtime.equations.expr import OPS, Node
 
@@ -34,10 +35,13 @@ class Frame:
 
     def get(self, code: Code, frame: Int, name: str) -> Int:
         """The field's value, in the code under construction."""
+        if name not in code.sets:
+            code.needs.add(name)
         return code.load_integer(frame, 8 * self.place[name])
 
     def set(self, code: Code, frame: Int, name: str, value: Int) -> None:
         """Write the field."""
+        code.sets.add(name)
         code.store_integer(value, frame, 8 * self.place[name])
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
 import platform
 import struct
 from collections.abc import Callable, Iterator, Sequence
@@ -21,43 +20,14 @@ import llvmlite
 import llvmlite.binding as binding
 from llvmlite import ir
 
+from throughtime.engine.targets.cpu.machine import machine
+
 I1, I8, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 32, 64))
 POINTER = ir.PointerType()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The machine
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What code is generated for: a CPU by name with its features, the bytes of a vector, how many registers it has."""
-
-    cpu: str
-    features: str
-    vector_bytes: int
-    registers: int
-
-    def lanes(self, itemsize: int) -> int:
-        """How many numbers of this size a vector holds."""
-        return self.vector_bytes // itemsize
-
-
-@functools.cache
-def machine() -> Machine:
-    """This machine, or the lesser one that THROUGHTIME_CPU names (an LLVM CPU name such as x86-64-v3)."""
-    binding.initialize_native_target()
-    binding.initialize_native_asmprinter()
-    asked = os.environ.get("THROUGHTIME_CPU")
-    cpu = asked or binding.get_host_cpu_name()
-    features = "" if asked else binding.get_host_cpu_features().flatten()
-    if platform.machine() in ("arm64", "aarch64"):
-        return Machine(cpu, features, 16, 32)
-    avx512 = "+avx512f" in features.split(",") if not asked else asked in ("x86-64-v4", "skylake-avx512", "znver4")
-    avx2 = "+avx2" in features.split(",") if not asked else avx512 or asked in ("x86-64-v3", "haswell", "znver3")
-    if avx512:
-        return Machine(cpu, features, 64, 32)
-    return Machine(cpu, features, 32 if avx2 else 16, 16)
 
 
 @functools.cache
@@ -403,6 +373,15 @@ class Condition:
 # Code
 
 
+@dataclass(frozen=True)
+class Source:
+    """LLVM IR of one function, the fields of its frame that it must find set, and those that it sets itself."""
+
+    text: str
+    needs: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+
 class Code:
     """One C function under construction; every argument is a 64-bit integer or address, and it returns nothing."""
 
@@ -421,6 +400,8 @@ class Code:
         self.function.attributes.alignstack = 64  # sums that do not fit in registers should not straddle cache lines
         self.builder = ir.IRBuilder(self.function.append_basic_block("entry"))
         self.arguments = {name: Int(self, arg) for name, arg in zip(arguments, self.function.args, strict=True)}
+        self.needs: set[str] = set()  # fields of a frame that are read here before they are set here
+        self.sets: set[str] = set()
 
     def __getitem__(self, name: str) -> Int:
         return self.arguments[name]
@@ -667,6 +648,10 @@ class Code:
             self.builder.ret_void()
         return str(self.module)
 
+    def source(self, text: str) -> Source:
+        """The finished text, with the fields of a frame that it reads and sets."""
+        return Source(text, tuple(sorted(self.needs)), tuple(sorted(self.sets)))
+
 
 def optimised(text: str) -> binding.ModuleRef:
     """LLVM IR parsed, verified and optimised; vectors and loops stay as they were written."""
@@ -710,5 +695,5 @@ def load(image: bytes, name: str) -> int:
 
 def fingerprint() -> str:
     """What an object depends on besides its own source: the compiler and the machine."""
-    parts = [llvmlite.__version__, str(binding.llvm_version_info), machine().cpu, machine().features]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    parts = [llvmlite.__version__, binding.llvm_version_info, binding.get_process_triple(), machine()]
+    return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()

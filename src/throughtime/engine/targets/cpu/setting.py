@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -14,12 +14,33 @@ from throughtime.engine import memory
 from throughtime.engine import plan as plans
 from throughtime.engine.plan import Stage
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets.cpu import gang, kernels, llvm
+from throughtime.engine.targets.cpu import gang, kernels
 from throughtime.engine.targets.cpu.compiled import Compiled, transpose
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.engine.targets.cpu.sharing import Share, Sharing
+from throughtime.errors import InternalError
+
+UNSET = -0x5A5A_5A5A_5A5A_5A5B
+"""What a field of a frame holds until it is set. As an address it belongs to no process; no size is as odd."""
 
 Crew = gang.Team | gang.Gang | None
 """The threads of a run; None is the caller's alone."""
+
+
+def unset_frame(length: int) -> ctypes.Array[ctypes.c_int64]:
+    """A frame in which no field is set."""
+    return (ctypes.c_int64 * length)(*[UNSET] * length)
+
+
+def check_frame(frame: ctypes.Array[ctypes.c_int64], place: dict[str, int], needed: Iterable[str], whose: str) -> None:
+    """Raise InternalError if a field that is needed has not been set."""
+    values = frame[:]
+    missing = sorted(name for name in needed if values[place[name]] == UNSET)
+    if missing:
+        raise InternalError(
+            f"the fields {', '.join(missing)} of a frame are not set, and {whose} would read them; this is a mistake "
+            "in throughtime, so please report it (THROUGHTIME_TARGET=stepwise runs without frames)"
+        )
 
 
 class Setting:
@@ -34,7 +55,7 @@ class Setting:
         self.steps, self.rows, inputs = problem.x.shape
         self.dtype = problem.x.dtype
         self.item = problem.x.element_size()
-        self.lanes = llvm.machine().lanes(self.item)
+        self.lanes = machine().lanes(self.item)
         self.vector_bytes = self.lanes * self.item
         self.units = {"hidden": problem.hidden_size, "projected": problem.proj_size, "input": inputs}
         self.tiles = {width: -(-units // self.lanes) for width, units in self.units.items()}
@@ -43,13 +64,19 @@ class Setting:
         self.ladder = problem.lengths is not None or problem.reset is not None
         self.arena = memory.Arena()
         self.place = code.frame.place
-        self.frames = [(ctypes.c_int64 * len(self.place))() for _ in shared.shares]
+        self.frames = [unset_frame(len(self.place)) for _ in shared.shares]
+        self.stages: set[str] = set()
+        self.checked: dict[str, int] = {}
         self.addresses = [ctypes.addressof(frame) for frame in self.frames]
         self.zeroed: list[tuple[int, int]] = []
         self.values: dict[str, int] = {}
         self.given: list[Tensor] = []
         self.weights: list[int] = []
         self._common()
+        if problem.reset is None:
+            self.absent("reset")
+        if not problem.initial:
+            self.absent(*(f"initial:{state}.{part}" for state in self.cell.states for part in ("base", "size")))
 
     # fields
 
@@ -65,6 +92,11 @@ class Setting:
     def put_for(self, thread: int, name: str, value: int) -> None:
         """Set a field of one thread's frame."""
         self.frames[thread][self.place[name]] = value
+
+    def absent(self, *names: str) -> None:
+        """Say that this run does without these fields: a program may look at them, and finds 0."""
+        for name in names:
+            self.put(name, 0)
 
     def _common(self) -> None:
         self.put("yield", gang.yield_address())
@@ -203,6 +235,7 @@ class Setting:
     def _have(self, stage: Stage, counts: Sequence[int], tiles: Sequence[tuple[int, int]]) -> None:
         """Have a stage's kernels for these numbers of rows, unless there are none."""
         if counts:
+            self.stages.add(stage.name)
             self.code.prepare(stage, counts, self.ladder, tiles, self.units[stage.width])
 
     def tile_ranges(self, width: str) -> list[tuple[int, int]]:
@@ -219,6 +252,7 @@ class Setting:
         self.clear()
         packers = self._packers(crew)
         self.put("packers", packers)
+        self._check("pack")
         self._run(crew, self.code.pack, self.addresses[:packers])
 
     def walk(self, crew: Crew, first: int, last: int) -> None:
@@ -226,6 +260,7 @@ class Setting:
         self.put("walk.first", first)
         self.put("walk.last", last)
         ctypes.memset(self.values["barrier"], 0, 64)
+        self._check("walk", self.stages)
         threads = 1 + crew.helpers if crew else 1
         for frame in range(0, len(self.frames), threads):
             self._run(crew, self.code.walk, self.addresses[frame : frame + threads])
@@ -233,7 +268,16 @@ class Setting:
     def add_up(self, crew: Crew) -> None:
         """Add the sums of the shards of rows."""
         if self.code.add_up and len(self.sharing.crews()) > 1:
+            self._check("add_up")
             self._run(crew, self.code.add_up, self.addresses[: self._packers(crew)])
+
+    def _check(self, driver: str, stages: Iterable[str] = ()) -> None:
+        """Every field that a driver and its kernels read is set; looked at again only when there are new kernels."""
+        if self.checked.get(driver) != self.code.known:
+            needed = self.code.needs(driver, stages)
+            for frame in self.frames:
+                check_frame(frame, self.place, needed, self.code.label(driver))
+            self.checked[driver] = self.code.known
 
     def _packers(self, crew: Crew) -> int:
         return min(1 + crew.helpers if crew else 1, len(self.frames))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from throughtime.engine.problem import Problem
-from throughtime.engine.targets.cpu import llvm
+from throughtime.engine.targets.cpu.machine import machine
 
 MOST_SHARDS = 8
 """The most parts that the rows of a backward run are divided into; each has sums as large as the weights."""
@@ -107,7 +107,7 @@ def sharing_of(problem: Problem, sizes: tuple[object, ...], threads: int, sums: 
     found = _sharings.get(key)
     if found is None:
         work = problem.rows * problem.steps * sum(p.numel() for p in problem.parameters if p.dim() == 2)
-        lanes = llvm.machine().lanes(problem.x.element_size())
+        lanes = machine().lanes(problem.x.element_size())
         tiles = -(-problem.hidden_size // lanes)
         if len(_sharings) > 4096:  # lengths that never come again
             _sharings.clear()

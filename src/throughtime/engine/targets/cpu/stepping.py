@@ -19,6 +19,7 @@ from throughtime.engine.targets.cpu import cache, gang, kernels, sharing
 from throughtime.engine.targets.cpu.compiled import Compiled
 from throughtime.engine.targets.cpu.forward_setting import ForwardSetting
 from throughtime.engine.targets.cpu.llvm import Code
+from throughtime.engine.targets.cpu.setting import UNSET, check_frame
 from throughtime.engine.targets.cpu.sharing import Share, Sharing, by_rows
 from throughtime.errors import ThroughtimeError
 
@@ -47,6 +48,7 @@ class Steps:
         self.call = gang.Call(cache.function(("steps",), "steps", _steps_text))
         self.place = self.settings[0].place
         self.side = 0
+        self.unchecked = {0, 1}  # sides whose frames have not been run yet
         self.frames = [[self._stack(side, share) for share in range(len(shared.shares))] for side in (0, 1)]
         self.entries = [[stack[0] for stack in stacks] for stacks in self.frames]
         self.tables = [[self._table(stack) for stack in stacks] for stacks in self.frames]
@@ -72,8 +74,8 @@ class Steps:
         fields = {f"{name}.base": base for name, base in self.packed[depth].bases.items()}
         fields |= {"walk.first": 0, "walk.last": 1, "reset": 0}
         fields |= {"x.step": 0, "x.size": setting.units["input"] * item}
-        if depth > 0:
-            fields["x.origin"] = output[1 - side, depth - 1].data_ptr()
+        fields["x.origin"] = output[1 - side, depth - 1].data_ptr() if depth > 0 else UNSET
+        fields |= {f"outside:{name}.{part}": UNSET for name in self.cell.outside for part in ("origin", "step", "size")}
         for state, sides, initial in zip(self.cell.states, self.states, self.initial[depth], strict=True):
             size = sides.shape[-1] * item
             old, new = sides[side, depth].data_ptr(), sides[1 - side, depth].data_ptr()
@@ -91,6 +93,13 @@ class Steps:
         pairs = [n for walk, frame in zip(walks, stack, strict=True) for n in (walk, ctypes.addressof(frame))]
         return (ctypes.c_int64 * (1 + len(pairs)))(self.depth, *pairs)
 
+    def _check(self, side: int) -> None:
+        """Every field that the walk and its kernels read is set, in every frame of this side."""
+        for stack in self.frames[side]:
+            for setting, frame in zip(self.settings, stack, strict=True):
+                check_frame(frame, self.place, setting.code.needs("walk", setting.stages), setting.code.label("walk"))
+        self.unchecked.discard(side)
+
     # steps
 
     def step(self, x: Tensor) -> Tensor:
@@ -99,6 +108,8 @@ class Steps:
         start = _address(x, self.dtype)
         for frame in self.entries[side]:
             frame[self.x_origin] = start
+        if self.unchecked:
+            self._check(side)
         if self.alone:
             self.call.function(self.addresses[side][0])
         else:

@@ -19,10 +19,11 @@ from throughtime.engine import border
 from throughtime.engine import plan as plans
 from throughtime.engine.precision import HALF
 from throughtime.engine.problem import Problem, Result
-from throughtime.engine.targets.cpu import compiled, gang, llvm, segments
+from throughtime.engine.targets.cpu import compiled, gang, segments
 from throughtime.engine.targets.cpu.backward_setting import BackwardSetting, block_steps
 from throughtime.engine.targets.cpu.forward_setting import ForwardSetting, saved_bytes
 from throughtime.engine.targets.cpu.kept import Again, Kept
+from throughtime.engine.targets.cpu.machine import machine
 from throughtime.engine.targets.cpu.setting import settings
 from throughtime.engine.targets.cpu.sharing import Sharing, sharing_of, sizes_of
 from throughtime.engine.targets.target import Spec, Stepper, Target
@@ -197,7 +198,7 @@ def _segment(problem: Problem, sizes: tuple[object, ...], say: bool = False) -> 
 def _workspace_shapes(problem: Problem) -> list[tuple[int, ...]]:
     """The shapes of the workspace, known before a run."""
     cell = problem.cell
-    lanes = llvm.machine().lanes(problem.x.element_size())
+    lanes = machine().lanes(problem.x.element_size())
     units = {"hidden": problem.hidden_size, "projected": problem.proj_size}
     padded = {width: -(-count // lanes) * lanes for width, count in units.items()}
     widths = [padded[width] for i, width in enumerate(cell.widths) if i != cell.output]
