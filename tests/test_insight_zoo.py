@@ -14,7 +14,6 @@ from zoo import ZOO
 
 from throughtime.equations.catalogue import CELLS
 from throughtime.equations.cell import Cell
-from throughtime.errors import ThroughtimeError
 from throughtime.insight.diagnosis import Seen, look, try_remedies
 from throughtime.insight.dynamics import Dynamics
 from throughtime.insight.failure import first_failure
@@ -133,11 +132,6 @@ DIAGNOSES: dict[str, Callable[[Recurrent, dict[str, Any]], None]] = {
 }
 """`diagnosis` is reach and pairs by step, gates and dynamics (with its fixed points), all in float64."""
 
-ASIDE = "the loss does not depend on anything that has a gradient"
-"""What reach and pairs say of a layer that computes with neither x nor a parameter."""
-
-UNREACHED = {"Constant", "Frozen", "OneNumber", "OutsideOnly", "Swap"}
-
 
 @pytest.mark.parametrize("name", EVERY)
 def test_every_diagnosis_takes_every_cell(name: str) -> None:
@@ -145,27 +139,19 @@ def test_every_diagnosis_takes_every_cell(name: str) -> None:
         if layers > 1 and bidirectional and EVERY[name].needs_equal_sizes:
             continue
         layer, given = network(EVERY[name], layers, bidirectional, dtype), batch(EVERY[name], dtype)
-        for diagnosis, run in DIAGNOSES.items():
-            if name in UNREACHED and diagnosis in ("reach", "pairs", "diagnosis"):
-                with pytest.raises(ThroughtimeError, match=ASIDE):
-                    run(layer, given)
-            else:
-                run(layer, given)
+        for run in DIAGNOSES.values():
+            run(layer, given)
 
 
 @pytest.mark.parametrize("name", EVERY)
 def test_remedies_are_tried_on_every_cell(name: str) -> None:
     layer = network(EVERY[name], 1, False, torch.float32)
-    if name in UNREACHED:
-        return
     for trial in try_remedies(layer, batch(EVERY[name], torch.float32), by_row, needs=2):
         check(list(trial.reach))
 
 
 def test_diagnoses_of_a_float32_layer_are_those_of_its_float64_twin() -> None:
     for one in EVERY.values():
-        if one.name in UNREACHED:
-            continue
         layer = network(one, 1, False, torch.float32)
         given = batch(one, torch.float32)
         double = {k: v.double() if isinstance(v, Tensor) else v for k, v in given.items()}
@@ -190,7 +176,7 @@ def joined(states: Any) -> Tensor:
     return torch.cat([s[0] for s in (states if isinstance(states, tuple) else (states,))], -1)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in UNREACHED])
+@pytest.mark.parametrize("name", EVERY)
 def test_reach_is_autograds_through_a_run_that_is_cut_at_the_step(name: str) -> None:
     one = EVERY[name]
     layer, given = network(one, 1, False, torch.float64), batch(one, torch.float64)
@@ -230,7 +216,7 @@ def test_reach_is_autograds_through_a_run_that_is_cut_at_the_step(name: str) -> 
         np.testing.assert_allclose(part.share[there], shares, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in EVERY if name not in UNREACHED])
+@pytest.mark.parametrize("name", EVERY)
 def test_pairs_add_up_to_the_gradient(name: str) -> None:
     layer, given = network(EVERY[name], 1, False, torch.float64), batch(EVERY[name], torch.float64)
     layer.target = "reference"
