@@ -678,7 +678,7 @@ GAP, LEAK = torch.zeros(T, B, 1), torch.zeros(B, 1)
         (lambda: gru()(PACK, STATE), r"must be \[layers \* directions, B, width\] = \[1, 2, 4\]"),
         (lambda: gru()(X, STATE.double()), "the state h in h_0 is torch.float64"),
         (lambda: gru()(X, (STATE, STATE)), "h_0 is 2 values; GRU wants one tensor"),
-        (lambda: gru()(X, 1.0), "the state h in h_0 has float"),
+        (lambda: gru()(X, 1.0), "the state h in h_0 is float, and must be a Tensor"),
         (lambda: lstm()(X, STATE), r"h_0 is one Tensor; LSTM wants a tuple of 2 tensors \(h, c\)"),
         (lambda: lstm()(X, (STATE, STATE[..., :2])), r"the state c in h_0 has shape \[1, 4, 2\]"),
         (lambda: gru()(X, lengths=[1, 2, 7, 3]), r"lengths\[2\] is 7, but the input has 6 steps; lengths lie between"),

@@ -156,7 +156,8 @@ def run(problem: Problem, asked: str | None = None) -> tuple[Tensor, tuple[Tenso
     """Run a recurrence over time and return its outputs [T, B, width] and the states [B, width] at each row's end.
 
     Differentiable once through the derived adjoint equations and, with `create_graph`, any number of times through the
-    reference; on the `native` target as torch's own operators are. Outputs past a row's end are zero. `asked` names a target; None leaves the choice to the engine.
+    reference; on the `native` target as torch's own operators are. Outputs past a row's end are zero. `asked` names a
+    target; None leaves the choice to the engine.
 
     Raises ShapeError for tensors that do not fit each other.
     """

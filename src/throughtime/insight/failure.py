@@ -261,7 +261,9 @@ def _on_the_way_back(run: Rehearsal, loss: Tensor, passed: _Passed) -> Failure |
     first: list[tuple[_Spot, Tensor, Tensor]] = []
     gradients: dict[tuple[int, int, Node], Tensor] = {}
 
-    def hear(spot: _Spot, gradient: Tensor) -> None:
+    def hear(spot: _Spot, gradient: Tensor | None) -> None:
+        if gradient is None:  # nothing comes this way
+            return
         wrong = ~torch.isfinite(gradient)
         if spot.record is not None and spot.node is not None:
             gradients[id(spot.record), spot.moment, spot.node] = gradient
@@ -279,6 +281,8 @@ def _on_the_way_back(run: Rehearsal, loss: Tensor, passed: _Passed) -> Failure |
                 if value.requires_grad and node.op != "parameter" and not raw:
                     value.register_hook(partial(hear, _Spot("", place, record, moment, node)))
     named = {name: parameter for name, parameter in run.model.named_parameters() if parameter.requires_grad}
+    if not named or not loss.requires_grad:
+        return None
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     odd = [(name, _odd(gradient)) for name, gradient in zip(named, found, strict=True) if gradient is not None]
     harmed = [(name, value) for name, value in odd if value is not None]

@@ -201,7 +201,7 @@ def _over_steps(record: Record, values: list[Tensor], width: int | None = None) 
     taken = []
     for t, value in zip(record.problem.order(), values, strict=True):
         units = width or value.shape[-1] if value.dim() else width or 1
-        taken.append(value.expand(rows, units)[(lengths > t).to(value.device)])
+        taken.append(value.detach().expand(rows, units)[(lengths > t).to(value.device)])
     return torch.cat(taken).double().cpu().numpy() if taken else np.zeros((0, width or 1))
 
 

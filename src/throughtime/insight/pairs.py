@@ -6,6 +6,7 @@ The terms of the double sum of back-propagation through time (Werbos 1990, Proc.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -153,6 +154,12 @@ def _steps(record: Record) -> list[list[Tensor]]:
     ]
 
 
+def _scaled(tensor: Tensor) -> Tensor:
+    """The tensor over its largest entry; one of zeros, or with an infinity in it, as it is."""
+    largest = tensor.abs().amax() if tensor.numel() else tensor.new_zeros(())
+    return tensor / largest if 0 < float(largest) < math.inf else tensor
+
+
 class _Terms:
     """What the terms of one recurrence add up to, as they come in."""
 
@@ -164,8 +171,11 @@ class _Terms:
         self.total = self._by_matrix(whole.products)
         self.summed = {product: torch.zeros_like(delta) for product, delta in whole.products.items()}
         # <delta v^T, G> = <delta, G v>: so no term's matrix has to be written out.
+        # G is scaled by its largest entry, so that a gradient whose squares underflow has its shares too.
+        self.scaled = {name: _scaled(matrix.double()) for name, matrix in self.total.items()}
         self.directions = {
-            product: self.operands[product] @ self._block(self.total, product).T for product in record.cell.products
+            product: self.operands[product].double() @ self._block(self.scaled, product).T
+            for product in record.cell.products
         }
 
     def _over_time(self, node: Node) -> Tensor:
@@ -193,19 +203,20 @@ class _Terms:
 
     def add(self, term: _Adjoints) -> None:
         """One loss's term: its norms by step, and its projections on each matrix's whole gradient."""
-        self.norms.append(term.states.norm(dim=(1, 2)).double().cpu().numpy())
+        scaled, largest = _scaled(term.states.double()), float(term.states.abs().amax())
+        self.norms.append((scaled.norm(dim=(1, 2)) * largest).cpu().numpy())
         for projections in self.projections.values():
             projections.append(torch.zeros(len(term.states), dtype=torch.float64))
         for product, delta in term.products.items():
             self.summed[product] += delta
-            projected = (delta * self.directions[product]).sum(dim=(1, 2))
-            self.projections[self._name(product)][-1] += projected.double().cpu()
+            projected = (delta.double() * self.directions[product]).sum(dim=(1, 2))
+            self.projections[self._name(product)][-1] += projected.cpu()
 
     def shares(self) -> dict[str, NDArray[np.float64]]:
         """The projections [I, T] as shares of <G, G>, by matrix."""
         found = {}
         for name, projections in self.projections.items():
-            square = float(self.total[name].double().square().sum())
+            square = float((self.total[name].double() * self.scaled[name]).sum())
             found[name] = torch.stack(projections).numpy() / (square or 1.0)
         return found
 

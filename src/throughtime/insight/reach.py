@@ -423,9 +423,13 @@ def _of_inputs(
                 at = torch.where(at < 0, at, lengths - 1 - at)
             picked = states[at.clamp(0, len(states) - 1).to(states.device), torch.arange(len(at), device=states.device)]
             directions = _directions(picked, probes, generator)  # [P, B, N]
-            (products,) = torch.autograd.grad(
-                picked, record.problem.x, directions, retain_graph=True, materialize_grads=True, is_grads_batched=True
-            )  # [P, T, B, I]
+            products = None
+            if picked.requires_grad:
+                (products,) = torch.autograd.grad(
+                    picked, record.problem.x, directions, retain_graph=True, allow_unused=True, is_grads_batched=True
+                )  # [P, T, B, I]
+            if products is None:  # x does not come into these states
+                products = torch.zeros_like(record.problem.x).expand(len(directions), *record.problem.x.shape)
             by_time.append(_by_lag(record, _norms(products.permute(1, 2, 0, 3).flatten(2)), at))
             passes.advance()
         found.append(np.concatenate(by_time, axis=1))

@@ -81,7 +81,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
         """Whether torch's forward would come as far as its own check methods; if not, it says best what is wrong."""
         packed = isinstance(x, PackedSequence)
         steps = x.data if packed else x
-        if not isinstance(steps, Tensor) or not (packed or steps.dim() in (2, 3)):
+        if not isinstance(steps, Tensor) or not _is_dense(steps) or not (packed or steps.dim() in (2, 3)):
             return False
         weight = self._weights_of(0, "")[0]
         empty = not packed and steps.shape[1 if self.batch_first and steps.dim() == 3 else 0] == 0
@@ -95,6 +95,7 @@ class _DropIn(Layer, torch.nn.RNNBase):
         given = (h_0,) if states == 1 else h_0
         return all(
             isinstance(state, Tensor)
+            and _is_dense(state)
             and state.dim() == (3 if packed else steps.dim())
             and state.device == steps.device
             and (state.dtype == steps.dtype or is_autocast(steps.device.type))
@@ -140,8 +141,15 @@ class GRU(_DropIn, torch.nn.GRU):
     """torch.nn.GRU, computed by throughtime; takes `lengths=` and `reset=` too, and can be set `segments`."""
 
 
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor is neither sparse nor nested nor mkldnn's."""
+    return tensor.layout is torch.strided and not tensor.is_nested
+
+
 def _kind(value: Any) -> str:
     """What a value is, in words, for a message."""
+    if isinstance(value, Tensor) and not _is_dense(value):
+        return f"{value.dtype}, {'nested' if value.is_nested else value.layout}"
     if isinstance(value, Tensor):
         return f"{value.dtype} of shape {list(value.shape)} on {value.device}"
     return type(value).__name__

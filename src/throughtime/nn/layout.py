@@ -7,7 +7,8 @@ refuses `lengths=` and `reset=`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,10 +19,14 @@ from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from throughtime.engine import memory, recurrence
+from throughtime.equations.cell import Cell
 from throughtime.errors import ShapeError
 
 Lengths = int | Sequence[int] | np.ndarray[Any, Any] | Tensor
 """The steps of each sequence, as callers may give them."""
+
+NUMBERS = frozenset({torch.float32, torch.float64, torch.bfloat16, torch.float16})
+"""The formats that layers, streams and read-outs compute in."""
 
 State = Tensor | tuple[Tensor, ...]
 """What a layer takes and gives as its state: a tensor, or for a cell with several states a tuple in their order."""
@@ -233,13 +238,45 @@ def _pack_like(packed: PackedSequence, output: Tensor) -> PackedSequence:
     return PackedSequence(data, sizes, packed.sorted_indices, packed.unsorted_indices)
 
 
+def check_dense(name: str, value: Any) -> None:
+    """Raise ShapeError for what is no tensor, or a sparse, nested or mkldnn one, before anyone asks its shape."""
+    if not isinstance(value, Tensor):
+        raise ShapeError(f"{name} is {type(value).__name__}, and must be a Tensor (use torch.as_tensor)")
+    if value.is_nested:
+        raise ShapeError(
+            f"{name} is a nested tensor; give the padded one, .to_padded_tensor(0.0), and the steps of each sequence "
+            "as lengths="
+        )
+    if value.layout is not torch.strided:
+        raise ShapeError(f"{name} is a tensor laid out as {value.layout}; give a dense one, with .to_dense()")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """Raise ShapeError for what is no dense tensor of floating-point numbers."""
+    check_dense(name, value)
+    if value.dtype not in NUMBERS:
+        raise ShapeError(
+            f"{name} is {value.dtype}; it must hold floating-point numbers, as of float32 or float64 (use .float() for "
+            "integers and booleans; complex numbers are given as two features)"
+        )
+
+
 def listed(lengths: Lengths) -> list[Any]:
-    """The entries of `lengths=`, whatever they are. Raises ShapeError for what holds none."""
-    values: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    """The entries of `lengths=`, whatever they are. Raises ShapeError for what holds none, or holds them unordered."""
+    if isinstance(lengths, Tensor):
+        check_dense("lengths=", lengths)
+    kind = getattr(getattr(lengths, "dtype", None), "kind", "")
+    if kind in ("m", "M"):  # times turn into plain integers, in whichever unit they are
+        raise ShapeError(f"lengths= is an array of {lengths.dtype}; give one integer for each sequence")  # type: ignore[union-attr]
+    try:
+        values: Any = lengths.tolist() if hasattr(lengths, "tolist") else lengths
+    except (RuntimeError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ShapeError(f"lengths= cannot be read ({reason}); give one integer for each sequence") from error
     if isinstance(values, int | float):
         return [values]
-    if not isinstance(values, Iterable) or isinstance(values, str | bytes | Mapping):
-        raise ShapeError(f"lengths= is {type(values).__name__}; give one integer for each sequence")
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes | bytearray | Mapping | Set):
+        raise ShapeError(f"lengths= is {type(values).__name__}; give one integer for each sequence, in their order")
     return list(values)
 
 
@@ -263,12 +300,21 @@ def _length(number: Any, row: int, steps: int) -> int:
     except TypeError:
         count = None
     if count is None:
-        raise ShapeError(f"lengths[{row}] is {number!r}; a length is an integer number of steps (use .long() or int())")
+        raise ShapeError(
+            f"lengths[{row}] is {_shown(number)}; a length is an integer number of steps (use .long() or int())"
+        )
     if not 0 <= count <= steps:
         raise ShapeError(
-            f"lengths[{row}] is {count}, but the input has {steps} steps; lengths lie between 0 and {steps}"
+            f"lengths[{row}] is {_shown(count)}, but the input has {steps} steps; lengths lie between 0 and {steps}"
         )
     return count
+
+
+def _shown(value: Any) -> str:
+    """A value in one short line."""
+    if isinstance(value, int) and value.bit_length() > 128:  # Python itself refuses to print thousands of digits
+        return f"an integer of {value.bit_length()} bits"
+    return " ".join(reprlib.repr(value).split())
 
 
 def _counted(count: int, one: str, many: str) -> str:
@@ -286,14 +332,33 @@ def shape_text(names: Sequence[str], sizes: Sequence[object]) -> str:
     return f"[{', '.join(names)}] = [{', '.join(map(str, sizes))}]"
 
 
-def read_reset(reset: Tensor, layout: Layout, device: torch.device) -> Tensor:
-    """The caller's mask as the engine's [T, B]. Raises ShapeError for another shape, or for what is not boolean."""
+def read_mask(reset: Any, device: torch.device, each: str) -> Tensor:
+    """The caller's `reset=` as a dense tensor of booleans, one for each step or row. Raises ShapeError if none."""
     try:
         mask = torch.as_tensor(reset, device=device)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ShapeError(f"reset= cannot be read ({error}); it says true or false for each step") from error
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        reason = str(error).splitlines()[0]
+        raise ShapeError(f"reset= cannot be read ({reason}); it says true or false for each {each}") from error
+    check_dense("reset=", mask)
     if mask.dtype != torch.bool:
-        raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each step (use reset.bool())")
+        raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each {each} (use reset.bool())")
+    return mask
+
+
+def check_outside(cell: Cell, given: Any) -> None:
+    """Raise ShapeError if `outside=` does not give each outside input of the cell, by its name, as a tensor."""
+    if not isinstance(given, Mapping):
+        raise ShapeError(f"outside= is {type(given).__name__}; give the outside inputs by name, in a dict of tensors")
+    if set(given) != set(cell.outside):
+        needed, found = ", ".join(cell.outside) or "none", ", ".join(sorted(map(str, given))) or "nothing"
+        raise ShapeError(f"the outside inputs of {cell.name}: {needed}; outside= holds {found}, give each by its name")
+    for name in cell.outside:
+        check_numbers(f"the outside input {name}", given[name])
+
+
+def read_reset(reset: Tensor, layout: Layout, device: torch.device) -> Tensor:
+    """The caller's mask as the engine's [T, B]. Raises ShapeError for another shape, or for what is not boolean."""
+    mask = read_mask(reset, device, "step")
     if tuple(mask.shape) != layout.step_shape:
         raise ShapeError(
             f"reset= has shape {list(mask.shape)}; beside this input it must be "

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from throughtime.engine.precision import is_autocast
 from throughtime.errors import ShapeError
-from throughtime.nn.layout import Lengths, read_lengths, within
+from throughtime.nn.layout import Lengths, check_numbers, read_lengths, within
 
 
 class PerStep(torch.nn.Module):
@@ -28,7 +29,7 @@ class PerStep(torch.nn.Module):
         Give `lengths` where x may hold anything past a sequence's end: there the logits become the bias alone.
         Raises ShapeError for an x that is missing, unwanted or of another size.
         """
-        features = _features(outputs, x, self.input_size)
+        features = _features(outputs, x, self.input_size, self.linear)
         if lengths is not None:
             _check_batched(outputs)
             steps = _time_first(features, self.batch_first)
@@ -71,7 +72,7 @@ class LastStep(torch.nn.Module):
 
         Raises ShapeError for lengths that do not fit, and for an x that is missing, unwanted or of another size.
         """
-        features = _features(outputs, x, self.input_size)
+        features = _features(outputs, x, self.input_size, self.linear)
         _check_batched(outputs)
         steps = _time_first(features, self.batch_first)
         count, rows = steps.shape[:2]
@@ -98,11 +99,18 @@ class LastStep(torch.nn.Module):
         return logits
 
 
-def _features(outputs: Tensor, x: Tensor | None, input_size: int) -> Tensor:
+def _features(outputs: Tensor, x: Tensor | None, input_size: int, linear: torch.nn.Module) -> Tensor:
     """The states' features, with the input beside them if the read-out sees it."""
     if not isinstance(outputs, Tensor):
         raise ShapeError(
             f"outputs are {type(outputs).__name__}; a read-out takes the padded tensor (pad_packed_sequence gives it)"
+        )
+    _check_kind("outputs", outputs, linear)
+    width = getattr(linear, "in_features", None)  # what stands in for the affine map may not say it
+    if outputs.dim() < 1 or (width is not None and outputs.shape[-1] != width - input_size):
+        raise ShapeError(
+            f"outputs have shape {list(outputs.shape)}, and the read-out was made for "
+            f"{'features' if width is None else f'{width - input_size} features'} in the last dimension"
         )
     if (x is None) != (input_size == 0):
         raise ShapeError(
@@ -112,12 +120,27 @@ def _features(outputs: Tensor, x: Tensor | None, input_size: int) -> Tensor:
         )
     if x is None:
         return outputs
+    _check_kind("x", x, linear)
     if x.shape != (*outputs.shape[:-1], input_size):
         raise ShapeError(
             f"x has shape {list(x.shape)}; beside outputs of {list(outputs.shape)} it must be "
             f"{[*outputs.shape[:-1], input_size]}"
         )
     return torch.cat([outputs, x], -1)
+
+
+def _check_kind(name: str, value: Tensor, linear: torch.nn.Module) -> None:
+    """Refuse what is no dense tensor of the read-out's own dtype and device."""
+    check_numbers(name, value)
+    weight = next(linear.parameters(), None)
+    if weight is None:  # as after dynamic quantization, which keeps its weights elsewhere
+        return
+    other_dtype = value.dtype != weight.dtype and not is_autocast(value.device.type)
+    if value.device != weight.device or other_dtype:
+        raise ShapeError(
+            f"{name}: {value.dtype} on {value.device}, and the read-out's weights are {weight.dtype} on "
+            f"{weight.device}; convert one of them with .to(...)"
+        )
 
 
 def _check_batched(outputs: Tensor) -> None:

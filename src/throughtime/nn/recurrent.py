@@ -23,7 +23,17 @@ from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
 from throughtime.nn.cells import StepModule
 from throughtime.nn.dropout import Masks, drop, keys
-from throughtime.nn.layout import Layout, Lengths, State, arrange, read_reset, reset_backwards, shape_text
+from throughtime.nn.layout import (
+    Layout,
+    Lengths,
+    State,
+    arrange,
+    check_numbers,
+    check_outside,
+    read_reset,
+    reset_backwards,
+    shape_text,
+)
 from throughtime.nn.stream import Stream
 
 Run = Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]]
@@ -82,8 +92,10 @@ class Layer(torch.nn.Module):
         """The layer one step at a time: a `Stream` of `batch_size` rows (None: one, without a batch dimension).
 
         It begins in h_0, shaped as for `forward`, or where sequences begin without one. Its weights are a copy of the
-        layer's, taken now. Raises ThroughtimeError for a layer that has no step to stream: one that is bidirectional,
-        or in training with dropout.
+        layer's, taken now, and it takes steps of their dtype and device: those of the parameters or, in a layer
+        without any, those that it was made with (`dtype=`, `device=`) or moved to (`.double()`, `.to(...)`).
+        Raises ThroughtimeError for a layer that has no step to stream: one that is bidirectional, or in training with
+        dropout.
         """
         return Stream(self, batch_size, h_0=h_0)
 
@@ -107,7 +119,7 @@ class Layer(torch.nn.Module):
         """From the caller's layout to the engine's, through the layers, and back. x and h_0 are known to be right."""
         layout, steps = arrange(call.x, call.lengths, self.batch_first)
         mask = None if call.reset is None else read_reset(call.reset, layout, steps.device)
-        around = _outside_in(self.cell, call.outside or {}, layout, steps, self.hidden_size)
+        around = _outside_in(self.cell, {} if call.outside is None else call.outside, layout, steps, self.hidden_size)
         given = None if call.h_0 is None else layout.states_in(call.h_0)
         drops = self.training and self.dropout > 0 and self.num_layers > 1
         key = keys(call.masks, layout, steps.device) if drops else None
@@ -222,6 +234,8 @@ class Recurrent(Layer):
                 )
             for suffix in ("", "_reverse")[: self._directions]:
                 self._add_parameters(depth, suffix, columns, {"device": device, "dtype": dtype})
+        if next(self.parameters(), None) is None:  # something that `.double()` and `.to(device)` move, for streams
+            self.register_buffer("_kind", torch.empty(0, device=device, dtype=dtype), persistent=False)
         self.reset_parameters()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -302,6 +316,7 @@ class Recurrent(Layer):
         steps = x.data if isinstance(x, PackedSequence) else x
         if not isinstance(steps, Tensor):
             raise ShapeError(f"x is {type(x).__name__}; a layer takes a Tensor or a PackedSequence")
+        check_numbers("x", steps)
         layout = "[B, T, I]" if self.batch_first else "[T, B, I]"
         if not isinstance(x, PackedSequence) and x.dim() not in (2, 3):
             raise ShapeError(f"x has {x.dim()} dimensions; it must be {layout}, or [T, I] for one sequence")
@@ -326,8 +341,9 @@ class Recurrent(Layer):
             batch = (x.shape[0 if self.batch_first else 1],) if x.dim() == 3 else ()
         for state, size, tensor in zip(states, self.cell.sizes(self.hidden_size, self.proj_size), given, strict=True):
             wanted_shape = (self.num_layers * self._directions, *batch, size)
-            if not isinstance(tensor, Tensor) or tuple(tensor.shape) != wanted_shape:
-                found = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            check_numbers(f"the state {state} in h_0", tensor)
+            if tuple(tensor.shape) != wanted_shape:
+                found = f"shape {list(tensor.shape)}"
                 names = "[layers * directions, B, width]" if batch else "[layers * directions, width]"
                 raise ShapeError(f"the state {state} in h_0 has {found}; it must be {names} = {list(wanted_shape)}")
             self._check_kind(f"the state {state} in h_0", tensor)
@@ -431,9 +447,7 @@ def _outside_in(
     cell: Cell, given: Mapping[str, Tensor], layout: Layout, x: Tensor, hidden_size: int
 ) -> tuple[Tensor, ...]:
     """The outside inputs in the engine's order and layout."""
-    if set(given) != set(cell.outside):
-        needed, found = ", ".join(cell.outside) or "none", ", ".join(sorted(given)) or "nothing"
-        raise ShapeError(f"the outside inputs of {cell.name}: {needed}; outside= holds {found}, give each by its name")
+    check_outside(cell, given)
     arranged = []
     for name in cell.outside:
         value, per_step = given[name], name in cell.per_step

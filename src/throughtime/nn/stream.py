@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +17,7 @@ from throughtime.engine.problem import Problem
 from throughtime.engine.targets.target import Stepper
 from throughtime.equations.cell import Cell
 from throughtime.errors import ShapeError, ThroughtimeError
-from throughtime.nn.layout import State, shape_text
+from throughtime.nn.layout import State, check_numbers, check_outside, read_mask, shape_text
 
 if TYPE_CHECKING:
     from throughtime.nn.recurrent import Layer
@@ -86,23 +87,27 @@ class Stream:
         Raises ShapeError for what does not fit, and ThroughtimeError where a gradient would be wanted; the state is
         then as it was.
         """
-        if (
-            reset is None
-            and outside is None
-            and self._is_plain
-            and x_t.__class__ is Tensor
-            and x_t.shape == self._shape
-            and x_t.dtype is self._dtype
-            and x_t.is_cpu
-            and not x_t.requires_grad
-            and x_t.is_contiguous()
-        ):
+        try:
+            plain = (
+                reset is None
+                and outside is None
+                and self._is_plain
+                and x_t.__class__ is Tensor
+                and x_t.shape == self._shape
+                and x_t.dtype is self._dtype
+                and x_t.is_cpu
+                and not x_t.requires_grad
+                and x_t.is_contiguous()
+            )
+        except (RuntimeError, NotImplementedError):  # nested and sparse tensors have no shape or no strides to tell
+            plain = False
+        if plain:
             try:
                 return self._steps.step(x_t)
             except Unaddressable:
                 pass  # lazy, perhaps: below it is written down
         self._check("x_t", x_t, ("B", "I"), self._shape)
-        around = self._read_outside(outside or {})
+        around = self._read_outside({} if outside is None else outside)
         mask = None if reset is None else self._read_reset(reset)
         steps = x_t.detach().contiguous().view(self._rows, -1)
         try:
@@ -126,8 +131,7 @@ class Stream:
 
         Its dtype is the layer's, or `also`.
         """
-        if not isinstance(tensor, Tensor):
-            raise ShapeError(f"{name} is {type(tensor).__name__}; a stream takes a Tensor (use torch.as_tensor)")
+        check_numbers(name, tensor)
         fits = len(tensor.shape) == len(shape) and all(
             str(size) in str(wanted).split(" or ") for size, wanted in zip(tensor.shape, shape, strict=True)
         )
@@ -139,8 +143,8 @@ class Stream:
         carried = also is not None and tensor.dtype == also
         if (tensor.dtype != self._dtype and not carried) or tensor.device != self._snapshot.device:
             raise ShapeError(
-                f"{name} is {tensor.dtype} on {tensor.device}, and the stream's weights are {self._dtype} on "
-                f"{self._snapshot.device}; convert it with .to(...)"
+                f"{name} is {tensor.dtype} on {tensor.device}, and the stream's layer {self._dtype} on "
+                f"{self._snapshot.device}; convert it with .to(...), or the layer before it is streamed"
             )
         if tensor.requires_grad and torch.is_grad_enabled():
             raise ThroughtimeError(
@@ -151,11 +155,7 @@ class Stream:
     def _read_outside(self, given: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
         """The outside inputs of a step in the cell's order, [B, 1 or H] each."""
         cell, size = self._snapshot.cell, self._snapshot.hidden_size
-        if set(given) != set(cell.outside):
-            needed, found = ", ".join(cell.outside) or "none", ", ".join(sorted(given)) or "nothing"
-            raise ShapeError(
-                f"the outside inputs of {cell.name}: {needed}; outside= holds {found}, give each by its name"
-            )
+        check_outside(cell, given)
         rows = (self._rows,) if self._is_batched else ()
         for name in cell.outside:
             self._check(f"the outside input {name}", given[name], ("B", "1 or H"), (*rows, f"1 or {size}"))
@@ -163,13 +163,8 @@ class Stream:
 
     def _read_reset(self, reset: Any) -> Tensor:
         """Which rows return to their initial states, [B]."""
-        try:
-            mask = torch.as_tensor(reset, device=self._snapshot.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ShapeError(f"reset= cannot be read ({error}); it says true or false for each row") from error
+        mask = read_mask(reset, self._snapshot.device, "row")
         shape = (self._rows,) if self._is_batched else ()
-        if mask.dtype != torch.bool:
-            raise ShapeError(f"reset= holds {mask.dtype}; it says true or false for each row (use reset.bool())")
         if tuple(mask.shape) != shape:
             wanted = shape_text(("B",), shape) if shape else "one truth value"
             raise ShapeError(f"reset= has shape {list(mask.shape)}; this stream takes {wanted} at each step")
@@ -331,7 +326,7 @@ class _Snapshot:
                 f"the layer is in training, with dropout={layer.dropout}, and a stream applies none; call layer.eval() "
                 "before layer.stream()"
             )
-        kind = next(layer.parameters(), torch.empty(0))
+        kind = next(chain(layer.parameters(), layer.buffers()), torch.empty(0))
         sizes = layer.cell.sizes(layer.hidden_size, layer.proj_size)
         inputs = (layer.input_size, *[sizes[layer.cell.output]] * (layer.num_layers - 1))
         with torch.inference_mode(False), torch.no_grad():

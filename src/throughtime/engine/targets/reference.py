@@ -60,14 +60,15 @@ def forward(
         if running is None:
             states = step(problem, x_t, states, outside_t, seen)
             if history is not None:
-                # A node of its own for each state: c_t, say, must not be counted again on its way to h_t.
-                states = tuple(state.view_as(state) for state in states)
+                states = tuple(_own(state) for state in states)
             outputs[t] = states[cell.output]
         else:
             # What lies past a row's end may be anything, NaN too; it must not reach a gradient even times zero.
             x_t, *rest = (torch.where(running, v, torch.zeros_like(v)) for v in (x_t, *states, *outside_t))
             after = step(problem, x_t, rest[: len(states)], rest[len(states) :], seen)
             states = tuple(torch.where(running, new, old) for new, old in zip(after, states, strict=True))
+            if history is not None:
+                states = tuple(_own(state) for state in states)
             shown = states[cell.output]
             outputs[t] = torch.where(running, shown, torch.zeros_like(shown))
         if history is not None:
@@ -75,6 +76,16 @@ def forward(
     if not outputs:
         return Result(x.new_zeros(0, problem.rows, problem.sizes[cell.output]), states)
     return Result(torch.stack(outputs), states)
+
+
+def _own(state: Tensor) -> Tensor:
+    """The state as a node of the graph that a gradient can be asked by: c_t is not counted again on its way to h_t.
+
+    Where nothing before it has a gradient, as after a step from zeros without parameters, the graph begins with it.
+    """
+    if state.requires_grad or not torch.is_grad_enabled():
+        return state.view_as(state)
+    return state.detach().requires_grad_()
 
 
 def step(
