@@ -19,6 +19,7 @@ from throughtime.engine import recurrence
 from throughtime.engine.precision import is_autocast, no_autocast
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
+from throughtime.nn import scripting
 from throughtime.nn.torch_equations import CELLS
 
 Run = Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]]
@@ -26,13 +27,14 @@ Run = Callable[[Problem], tuple[Tensor, tuple[Tensor, ...]]]
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-class StepModule(torch.nn.RNNCellBase):
+class StepModule(scripting.Scriptable, torch.nn.RNNCellBase):
     """Stands before one of torch's cells in the order of inheritance, and takes its forward over."""
 
     target: str | None = None
     """The target of the engine that runs the step; None lets the engine pick (see `throughtime.explain`)."""
     _gates: int
     _states: int = 1
+    __jit_unused_properties__ = ("cell", "_mode")
 
     @property
     def cell(self) -> Cell:
@@ -50,7 +52,7 @@ class StepModule(torch.nn.RNNCellBase):
 
     def step(self, x: Tensor, hx: Any, run: Run) -> Any:
         """The next state, from x [B, I] or [I] and the state before [B, H] or [H], computed by `run` or by torch."""
-        if torch.compiler.is_compiling() or recurrence.is_recording() or torch._C._get_tracing_state() is not None:
+        if torch.compiler.is_compiling() or recurrence.is_recording() or scripting.is_tracing():
             return super().forward(x, hx)
         weights: tuple[Any, ...] = (self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
         if weights[2] is None and weights[3] is None:
@@ -66,6 +68,9 @@ class StepModule(torch.nn.RNNCellBase):
         dtype = weights[0].dtype
         with no_autocast(kind):
             return self._run(cell, x.to(dtype), tuple(state.to(dtype) for state in states), weights, run)
+
+    def _scriptable_forward(self) -> Callable[..., Any]:
+        return scripting.step_forward(self)
 
     def explained(self, x: Any, hx: Any = None) -> str:
         """Which target of the engine would run the step now, and why. Raises what torch raises."""

@@ -19,6 +19,7 @@ from throughtime.engine import recurrence
 from throughtime.engine.precision import is_autocast
 from throughtime.equations.cell import Cell
 from throughtime.errors import ThroughtimeError
+from throughtime.nn import scripting
 from throughtime.nn.dropout import Masks
 from throughtime.nn.layout import Lengths, State
 from throughtime.nn.recurrent import Call, Layer, Run
@@ -47,6 +48,9 @@ class _DropIn(Layer, torch.nn.RNNBase):
         Raises what torch raises, and ShapeError for lengths, resets or masks that do not fit.
         """
         call = Call(input, hx, lengths, reset, masks=masks)
+        if scripting.is_tracing():
+            self._update_flat_weights()
+            return scripting.traced(self, call)
         run = partial(recurrence.run, asked=self.target)
         if not torch.compiler.is_compiling() and torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
             return _untraced()(self, call, run)

@@ -21,6 +21,7 @@ from throughtime.engine.precision import is_autocast, no_autocast
 from throughtime.engine.problem import Problem
 from throughtime.equations.cell import Cell
 from throughtime.errors import CellError, ShapeError, ThroughtimeError
+from throughtime.nn import scripting
 from throughtime.nn.cells import StepModule
 from throughtime.nn.dropout import Masks, drop, keys
 from throughtime.nn.layout import (
@@ -50,7 +51,7 @@ class Call(NamedTuple):
     masks: Masks | None = None
 
 
-class Layer(torch.nn.Module):
+class Layer(scripting.Scriptable):
     """Base of the recurrent layers. A subclass checks its arguments and says where its tensors are."""
 
     input_size: int
@@ -63,6 +64,7 @@ class Layer(torch.nn.Module):
     target: str | None = None
     """The target of the engine that runs the layer; None lets the engine pick (see `throughtime.explain`)."""
     _segments: int | Literal["auto"] | None = None
+    __jit_unused_properties__: list[str] = ["cell", "segments", "_directions", "all_weights"]  # noqa: RUF012 - torch's
 
     @property
     def cell(self) -> Cell:
@@ -110,6 +112,13 @@ class Layer(torch.nn.Module):
     def _initial_of(self, depth: int, suffix: str, x: Tensor) -> tuple[Tensor, ...]:
         """Where each state begins, and what a reset returns it to: [B, width] for each state."""
         return tuple(x.new_zeros(x.shape[1], size) for size in self.cell.sizes(self.hidden_size, self.proj_size))
+
+    def _learnt_of(self, depth: int, suffix: str) -> tuple[Tensor, ...]:
+        """The learnt tensors [width] in which the states of one direction of one layer begin; none if at zero."""
+        return ()
+
+    def _scriptable_forward(self) -> Callable[..., Any]:
+        return scripting.layer_forward(self)
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:
         """Check the call in the subclass's own way, then `_compute` it."""
@@ -273,8 +282,11 @@ class Recurrent(Layer):
     def _initial_of(self, depth: int, suffix: str, x: Tensor) -> tuple[Tensor, ...]:
         if not self.learn_initial:
             return super()._initial_of(depth, suffix, x)
-        learnt = (getattr(self, f"initial_{state}_l{depth}{suffix}") for state in self.cell.states)
-        return tuple(value.expand(x.shape[1], -1) for value in learnt)
+        return tuple(value.expand(x.shape[1], -1) for value in self._learnt_of(depth, suffix))
+
+    def _learnt_of(self, depth: int, suffix: str) -> tuple[Tensor, ...]:
+        states = self.cell.states if self.learn_initial else ()
+        return tuple(getattr(self, f"initial_{state}_l{depth}{suffix}") for state in states)
 
     def forward(
         self,
@@ -304,6 +316,8 @@ class Recurrent(Layer):
         Raises ShapeError for what does not fit.
         """
         call = Call(x, h_0, lengths, reset, outside, masks)
+        if scripting.is_tracing():
+            return scripting.traced(self, call)
         return self._forward(call, partial(recurrence.run, asked=self.target))
 
     def _forward(self, call: Call, run: Run) -> tuple[Tensor | PackedSequence, State]:

@@ -13,6 +13,7 @@ from throughtime.errors import ThroughtimeError
 from throughtime.nn.cells import GRUCell, LSTMCell, RNNCell, StepModule
 from throughtime.nn.drop_in import GRU, LSTM, RNN
 from throughtime.nn.recurrent import Layer
+from throughtime.nn.scripting import forget
 
 Class = type[torch.nn.Module]
 
@@ -118,6 +119,7 @@ def restore(model: torch.nn.Module, *, verbose: bool = False) -> Upgrade:
         base = _unparametrized(type(module))
         if base in _TORCHS and vars(module).get(_MARK):
             before = _title(module)
+            forget(vars(module))
             for attribute in _ADDED:
                 vars(module).pop(attribute, None)
             module.__class__ = _with_base(type(module), _TORCHS[base])
