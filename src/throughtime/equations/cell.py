@@ -555,6 +555,8 @@ def _refusals_located(fn: Callable[..., Any]) -> Iterator[None]:
                 line = trace.tb_lineno
             trace = trace.tb_next
         reason = str(error) if isinstance(error, CellError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, RecursionError):
+            reason = "a function that it calls calls itself, deeper than Python goes; write the repetition as a loop"
         raise CellError(_located(fn, reason, line)) from (None if isinstance(error, CellError) else error)
 
 
