@@ -277,3 +277,5 @@ def compiled_autograd(case: Case) -> str:
     expected = case.plain
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         return case.same(case.module, expected=expected)
+
+

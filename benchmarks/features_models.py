@@ -161,11 +161,7 @@ def forked(case: Case) -> str:
     expected = case.plain
     child = os.fork()
     if child == 0:
-        os._exit(
-            0
-            if compared(ran(case.module, case.x, {}, gradients=False), Ran(expected.outputs, {})) == "same bits"
-            else 1
-        )
+        os._exit(0 if compared(ran(case.module, case.x, {}, gradients=False), Ran(expected.outputs, {})) == "same bits" else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return "same bits" if status == 0 else f"WRONG: the child ended with {status}"
 

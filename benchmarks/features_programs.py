@@ -150,7 +150,9 @@ def onnx(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(case.copy().eval(), (case.x,), path, dynamo=True, dynamic_shapes=_sizes(case), verbose=False)
+        torch.onnx.export(
+            case.copy().eval(), (case.x,), path, dynamo=True, dynamic_shapes=_sizes(case), verbose=False
+        )
         runs = [(_in_onnx_runtime(path, case.x), case.plain), (_in_onnx_runtime(path, other), expected)]
     return worst_of([compared(Ran(found, {}), Ran(plain.outputs, {})) for found, plain in runs])
 
@@ -163,3 +165,5 @@ def old_onnx(case: Case) -> str:
         torch.onnx.export(case.copy().eval(), (case.x,), path, dynamo=False, input_names=["x"])
         found = _in_onnx_runtime(path, case.x)
     return compared(Ran(found, {}), Ran(case.plain.outputs, {}))
+
+
