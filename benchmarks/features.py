@@ -185,7 +185,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not (options.quick and row.slow) and (not options.only or options.only.lower() in row.feature.lower())
     ]
     with ThreadPoolExecutor(options.jobs) as pool:
-        found = pool.map(lambda where: joined(outcomes(*where, loud=options.loud)), wanted)
+        found = pool.map(lambda where: joined(outcomes(where[0], where[1], loud=options.loud)), wanted)
         rows = dict(zip(wanted, found, strict=True))
     made = tables(rows)
     if options.write:

@@ -70,8 +70,8 @@ def func_grad(case: Case) -> str:
     places = tuple(range(len(tensors)))
     with heard() as targets:
         found = torch.func.grad(lambda *given: loss_of(call(*given)), argnums=places)(*tensors)
-        value, pull = torch.func.vjp(lambda *given: loss_of(call(*given)), *tensors)
-        again = pull(torch.ones_like(value))
+        pulled: Any = torch.func.vjp(lambda *given: loss_of(call(*given)), *tensors)
+        again = pulled[1](torch.ones_like(pulled[0]))
     names = list(case.plain.gradients)
     expected = Ran([], case.plain.gradients)
     runs = [Ran([], {n: t.detach() for n, t in zip(names, some, strict=True)}) for some in (found, again)]
@@ -83,7 +83,8 @@ def func_jvp(case: Case) -> str:
     call, tensors = pure(case.double())
     tangents = tuple(torch.cos(torch.arange(t.numel()).double()).reshape(t.shape) for t in tensors)
     with heard() as targets:
-        _, found = torch.func.jvp(lambda *given: loss_of(call(*given)), tensors, tangents)
+        pushed: Any = torch.func.jvp(lambda *given: loss_of(call(*given)), tensors, tangents)
+    found = pushed[1]
     gradients = torch.autograd.grad(loss_of(call(*tensors)), tensors)
     expected = sum((g * t).sum() for g, t in zip(gradients, tangents, strict=True))
     assert isinstance(expected, Tensor)
@@ -277,5 +278,3 @@ def compiled_autograd(case: Case) -> str:
     expected = case.plain
     with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
         return case.same(case.module, expected=expected)
-
-

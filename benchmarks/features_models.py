@@ -161,7 +161,8 @@ def forked(case: Case) -> str:
     expected = case.plain
     child = os.fork()
     if child == 0:
-        os._exit(0 if compared(ran(case.module, case.x, {}, gradients=False), Ran(expected.outputs, {})) == "same bits" else 1)
+        found = compared(ran(case.module, case.x, {}, gradients=False), Ran(expected.outputs, {}))
+        os._exit(0 if found == "same bits" else 1)
     status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return "same bits" if status == 0 else f"WRONG: the child ended with {status}"
 
@@ -174,7 +175,12 @@ def forked(case: Case) -> str:
 def forward_hooks(case: Case) -> str:
     module = case.copy()
     seen: list[str] = []
-    module.register_forward_pre_hook(lambda m, given: (seen.append("pre"), (given[0] * 2,))[1])
+
+    def doubled(module: Any, given: tuple[Tensor, ...]) -> tuple[Tensor]:
+        seen.append("pre")
+        return (given[0] * 2,)
+
+    module.register_forward_pre_hook(doubled)
     module.register_forward_hook(lambda m, given, output: seen.append("after"))
     handle = torch.nn.modules.module.register_module_forward_hook(lambda m, given, output: seen.append("global"))
     try:
@@ -363,8 +369,8 @@ def optimisers(case: Case) -> str:
         def closure(module: Any = module, optimiser: Any = optimiser) -> Tensor:
             optimiser.zero_grad()
             loss = sum(output.square().sum() for output in tree_leaves(module(case.x)))
-            loss.backward()  # type: ignore[union-attr]
-            return loss  # type: ignore[return-value]
+            loss.backward()
+            return loss
 
         losses = [float(optimiser.step(closure)) for _ in range(5)]
         if not losses[-1] < losses[0]:
@@ -379,7 +385,7 @@ def quantize_dynamic(case: Case) -> str:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         kinds = {torch.nn.GRU, torch.nn.LSTM, torch.nn.GRUCell, torch.nn.LSTMCell, torch.nn.RNNCell}
-        model = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)  # type: ignore[attr-defined]
+        model = torch.ao.quantization.quantize_dynamic(model, kinds, dtype=torch.qint8)
     module: Any = model["recurrent"]
     if type(module) is type(case.module):
         return f"left in float: {case.same(module)}"
@@ -429,7 +435,7 @@ def _sharded(pipe: Any, rank: int, name: str, torchs: bool, folder: str) -> None
     store = distributed.FileStore(str(Path(folder) / "store"), 2)
     distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     try:
-        module = fully_shard(case.module, mesh=init_device_mesh("cpu", (2,)))
+        module: Any = fully_shard(case.module, mesh=init_device_mesh("cpu", (2,)))
         found = ran(module, case.x, dict(module.named_parameters()))
         gradients = {name: g.full_tensor().numpy() for name, g in found.gradients.items() if name != "x"}  # type: ignore[attr-defined]
         pipe.send(([o.numpy() for o in found.outputs], gradients))

@@ -67,7 +67,7 @@ def inductor(case: Case) -> str:
 
 @PROGRAMS.row("AOTAutograd (`functorch.compile.aot_module`)")
 def aot_module(case: Case) -> str:
-    from functorch.compile import aot_module, nop
+    from functorch.compile import aot_module, nop  # type: ignore[import-untyped]
 
     module = case.copy()
     return case.same(aot_module(module, fw_compiler=nop), wanted=dict(module.named_parameters()))
@@ -150,9 +150,7 @@ def onnx(case: Case) -> str:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         path = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            case.copy().eval(), (case.x,), path, dynamo=True, dynamic_shapes=_sizes(case), verbose=False
-        )
+        torch.onnx.export(case.copy().eval(), (case.x,), path, dynamo=True, dynamic_shapes=_sizes(case), verbose=False)
         runs = [(_in_onnx_runtime(path, case.x), case.plain), (_in_onnx_runtime(path, other), expected)]
     return worst_of([compared(Ran(found, {}), Ran(plain.outputs, {})) for found, plain in runs])
 
@@ -165,5 +163,3 @@ def old_onnx(case: Case) -> str:
         torch.onnx.export(case.copy().eval(), (case.x,), path, dynamo=False, input_names=["x"])
         found = _in_onnx_runtime(path, case.x)
     return compared(Ran(found, {}), Ran(case.plain.outputs, {}))
-
-

@@ -103,7 +103,7 @@ def wrapper(case: Case) -> str:
     x = TwoTensor(case.x.clone(), 2 * case.x).requires_grad_()
     with heard() as targets:
         outputs = tree_leaves(module(x))
-        sum((o * o).sum() for o in outputs).backward()  # type: ignore[union-attr]
+        sum((o * o).sum() for o in outputs).backward()
     firsts = [o.a.detach() if isinstance(o, TwoTensor) else o.detach() for o in outputs]
     if not all(isinstance(o, TwoTensor) for o in outputs):
         return "WRONG: gives plain tensors"
@@ -200,7 +200,7 @@ def fake(case: Case) -> str:
         module = case.another()
         x = torch.randn(case.x.shape, requires_grad=True)
         found = tree_leaves(module(x))
-        sum(o.sum() for o in found).backward()  # type: ignore[union-attr]
+        sum(o.sum() for o in found).backward()
     kinds = all(isinstance(o, FakeTensor) for o in (*found, x.grad))
     right = kinds and _shapes(found) == _shapes(case.plain.outputs)
     return "right shapes" if right else "WRONG: other shapes"
